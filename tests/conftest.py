@@ -1,0 +1,39 @@
+"What several tests need."
+import nbformat, pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from diffda.core import Store
+
+
+@pytest.fixture
+def store(tmp_path): return Store(tmp_path/"store")
+
+
+PARAMETERS = '''scale: str = "nano"  # "nano" or "paper"
+seeds: list = [0, 1, 2]  # one trial each
+strength: float = 0.9  # share of the noise
+num_copies: int = 5  # copies
+metric: str = "top1"  # what to report
+equal_steps: bool = True  # a switch
+store: str = ""  # folder of finished work
+out: str = "results"  # folder of the results'''
+
+TABLE = '''import pathlib, sys
+import pandas as pd
+print("running", strength)
+row = dict(method="baseline", task="toy-task", metric=metric, mean=12.3, std=float("nan"), n=len(seeds), scale=scale, counterpart="Toys", paper_mean=45.6, paper_std=0.7)
+pd.DataFrame([row]).to_csv(pathlib.Path(out)/"toy"/"table01"/"table.csv", index=False)'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    "Make a paper of one item, `toy/table01`, the only one there is; `toy(source)` sets what its last cell runs after writing the table."
+    papers = tmp_path/"pa{pers"/"all"                # papermill would take the brace for a placeholder
+    def write(source="pass"):
+        cells = [new_markdown_cell("# A toy table"), new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(TABLE), new_code_cell(source)]
+        (papers/"toy").mkdir(parents=True, exist_ok=True)
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), papers/"toy"/"table01.ipynb")
+        return papers/"toy"/"table01.ipynb"
+    monkeypatch.setattr("diffda.report.papers_dir", lambda: papers)
+    write()
+    return write

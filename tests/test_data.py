@@ -1,0 +1,236 @@
+"Datasets as people have them on disk, and the rule that draws the same images everywhere."
+import dataclasses, hashlib, io
+
+import numpy as np, pytest, torch
+from PIL import Image
+
+from diffda import data
+from diffda.core import DiffDAError, digest
+from diffda.data import (NANO_CLASSES, Dataset, Recipe, Samples, Task, folder_dataset, get_split, get_task, list_tasks, load_dataset, make_split, nano_image,
+                         ranked, read_image, read_split_file, write_split_file)
+
+TOY = Task("toy", "Toy", "paper", "conventional", 2, Recipe(), "Toy", "sd15", val_per_class=1)
+
+def picture(seed, mode="RGB", size=(12, 9)):
+    x = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(x).convert(mode)
+
+def tree(root, classes=("ant", "elephant"), n=4, modes=("RGB", "L", "CMYK", "RGBA", "P", "1"), parts=("train", "test")):
+    "root/<part>/<class>/<image>, with the picture modes in turn; CMYK goes into a JPEG, the others into PNGs."
+    for part in parts:
+        for c, name in enumerate(classes):
+            (root/part/name).mkdir(parents=True)
+            for i in range(n):
+                mode = modes[(c*n + i)%len(modes)]
+                picture(c*100 + i, mode).save(root/part/name/(f"im{i}.jpg" if mode == "CMYK" else f"im{i}.png"))
+    return root
+
+# reading
+
+@pytest.mark.parametrize("mode, ending", [("L", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "png"), ("1", "png"), ("L", "JPEG"), ("CMYK", "tif")])
+def test_every_mode_becomes_rgb(tmp_path, mode, ending):
+    path = tmp_path/f"a.{ending}"
+    picture(0, mode).save(path)
+    im = read_image(path)
+    assert im.mode == "RGB" and im.size == (12, 9)
+    assert np.array_equal(np.asarray(im), np.asarray(Image.open(path).convert("RGB"))) and np.asarray(im).std() > 10
+
+def test_grey_keeps_its_values(tmp_path):
+    x = np.arange(108, dtype=np.uint8).reshape(9, 12)*2
+    Image.fromarray(x).save(tmp_path/"a.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path/"a.png")), np.repeat(x[..., None], 3, 2))
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    x = (np.arange(108).reshape(9, 12)*600).astype(np.uint16)
+    Image.fromarray(x).save(tmp_path/"a.png")
+    assert np.abs(np.asarray(read_image(tmp_path/"a.png"))[..., 0].astype(int) - x/257).max() <= 1
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(DiffDAError, match="none.png does not exist"): read_image(tmp_path/"none.png")
+    (tmp_path/"text.png").write_text("this is no image")
+    with pytest.raises(DiffDAError, match="text.png is damaged"): read_image(tmp_path/"text.png")
+    (tmp_path/"empty.png").write_bytes(b"")
+    with pytest.raises(DiffDAError, match="empty.png is damaged"): read_image(tmp_path/"empty.png")
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp", "bmp", "tiff"])
+def test_any_damage_is_one_clear_error(tmp_path, form):
+    "Truncated anywhere, or with bytes overwritten: an image or a DiffDAError, never another exception."
+    buffer, rng, refused = io.BytesIO(), np.random.default_rng(0), 0
+    picture(0, size=(40, 40)).save(buffer, form)
+    good = np.frombuffer(buffer.getvalue(), np.uint8)
+    for i in range(60):
+        bad = good.copy()
+        if i % 2: bad = bad[:rng.integers(0, len(bad))]
+        else: bad[rng.integers(0, len(bad), 12)] = rng.integers(0, 256, 12)
+        (tmp_path/"x.img").write_bytes(bad.tobytes())
+        try: assert read_image(tmp_path/"x.img").mode == "RGB"
+        except DiffDAError: refused += 1
+    assert refused >= 20                                  # half of the sixty are truncated, most of them visibly
+
+# folders
+
+def test_folder_dataset(tmp_path):
+    ds = folder_dataset("toy", tree(tmp_path/"Toy"))
+    assert ds.class_names == ["ant", "elephant"] and len(ds.train) == len(ds.test) == 8
+    assert ds.train.ids[:2] == ["train/ant/im0", "train/ant/im1"] and ds.train.labels.tolist() == [0]*4 + [1]*4
+    for i in range(8):
+        im, label = ds.train[i]
+        assert im.mode == "RGB" and label == i//4
+    part = ds.train.take([5, 0])
+    assert part.ids == ["train/elephant/im1", "train/ant/im0"] and part.labels.tolist() == [1, 0]
+    assert np.array_equal(np.asarray(part.read(0)), np.asarray(ds.train.read(5))) and part.mark(0) == ds.train.mark(5) != ds.train.mark(0)
+
+def test_labels_come_from_folders_not_from_substrings(tmp_path):
+    names = ("ant", "chair", "elephant", "man", "wheelchair", "woman")
+    ds = folder_dataset("toy", tree(tmp_path/"Toy", names, n=2))
+    assert ds.class_names == list(names)
+    assert [ds.class_names[l] for l in ds.train.labels] == [i.split("/")[1] for i in ds.train.ids]
+    split = make_split(dataclasses.replace(TOY, shots=1, val_per_class=1), 0, ds)
+    assert [split.class_names[l] for l in split.train.labels] == list(names)
+    assert [i.split("/")[1] for i in split.val.ids] == list(names)
+
+def test_images_in_folders_below_a_class_keep_distinct_ids(tmp_path):
+    root = tree(tmp_path/"Toy")
+    (root/"train"/"ant"/"sub").mkdir()
+    picture(1).save(root/"train"/"ant"/"sub"/"im0.png")
+    ids = folder_dataset("toy", root).train.ids
+    assert "train/ant/sub/im0" in ids and "train/ant/im0" in ids and len(set(ids)) == 9
+
+def test_missing_folder_says_where_data_belongs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFDA_DATA", str(tmp_path))
+    with pytest.raises(DiffDAError, match=f"'caltech101' is not at {tmp_path}/Caltech101: expected .*train/<class>/<image>.*DIFFDA_DATA"): get_split("caltech101", 0)
+    tree(tmp_path/"Caltech101", parts=("train",))
+    with pytest.raises(DiffDAError, match="Caltech101/test/<class>/<image>"): get_split("caltech101", 0)
+
+def test_empty_class(tmp_path):
+    root = tree(tmp_path/"Toy")
+    for p in ("train", "test"): (root/p/"bear").mkdir()
+    with pytest.raises(DiffDAError, match="Class folder .*train/bear holds no images"): folder_dataset("toy", root)
+
+def test_class_on_one_side_only(tmp_path):
+    root = tree(tmp_path/"Toy")
+    (root/"train"/"zebra").mkdir(); picture(0).save(root/"train"/"zebra"/"a.png")
+    with pytest.raises(DiffDAError, match="only on one side: zebra"): folder_dataset("toy", root)
+
+def test_one_class_is_too_few(tmp_path):
+    with pytest.raises(DiffDAError, match="has 1 class folder.*at least 2"): folder_dataset("toy", tree(tmp_path/"Toy", ("ant",)))
+
+def test_two_images_of_one_name(tmp_path):
+    root = tree(tmp_path/"Toy")
+    picture(0).save(root/"train"/"ant"/"im0.jpg")
+    with pytest.raises(DiffDAError, match="same name with different endings"): folder_dataset("toy", root)
+
+def test_corrupt_training_image_is_named_when_read(tmp_path):
+    root = tree(tmp_path/"Toy")
+    (root/"train"/"ant"/"im0.png").write_bytes((root/"train"/"ant"/"im0.png").read_bytes()[:60])
+    with pytest.raises(DiffDAError, match="train/ant/im0.png is damaged"): folder_dataset("toy", root).train.read(0)
+
+def test_too_few_images(tmp_path):
+    ds = folder_dataset("toy", tree(tmp_path/"Toy"))
+    with pytest.raises(DiffDAError, match="'ant' of Toy has 4 images; task 'toy' needs 4 to train and 1 to validate"): make_split(dataclasses.replace(TOY, shots=4), 0, ds)
+    with pytest.raises(DiffDAError, match="has 4 images; task 'toy' needs 5 to train[.]"): make_split(dataclasses.replace(TOY, shots=5, val_per_class=0), 0, ds)
+
+# the rule
+
+def by_hand(ids, seed): return sorted(ids, key=lambda s: hashlib.sha256(f"{seed}/{s}".encode()).hexdigest())
+
+def test_ranking_golden():
+    ids = ["a", "b", "c"]
+    # the first bytes of SHA-256 of '0/a', '0/b', '0/c', computed with sha256sum
+    first = {s: hashlib.sha256(b"0/" + s.encode()).hexdigest() for s in ids}
+    assert [ids[i] for i in ranked(ids, 0)] == sorted(ids, key=first.get)
+    many = [f"train/x/{i}" for i in range(50)]
+    assert [many[i] for i in ranked(many, 3)] == by_hand(many, 3) != by_hand(many, 4) == [many[i] for i in ranked(many, 4)]
+
+def test_split_takes_the_first_of_each_class():
+    split = get_split("nano-scans-25", 1)
+    pool = load_dataset(split.task).train
+    for c in range(10):
+        order = by_hand([s for s, l in zip(pool.ids, pool.labels) if l == c], 1)
+        assert [s for s, l in zip(split.train.ids, split.train.labels) if l == c] == order[:25]
+        assert [s for s, l in zip(split.val.ids, split.val.labels) if l == c] == order[25:35]
+
+def test_parts_of_a_split_are_disjoint():
+    for name in list_tasks("nano"):
+        s = get_split(name, 0)
+        train, val, test = set(s.train.ids), set(s.val.ids if s.val else ()), set(s.test.ids)
+        assert not train & val and not train & test and not val & test and len(train) == len(s.train) == s.task.shots*len(s.class_names)
+        assert (s.val is None) == (s.task.val_per_class == 0) and set(s.train.labels) == set(range(len(s.class_names)))
+
+def test_larger_splits_contain_smaller_ones():
+    ids = {n: set(get_split(f"nano-digits-{n}", 2).train.ids) for n in (1, 5, 10)}
+    assert ids[1] < ids[5] < ids[10] and [len(v) for v in ids.values()] == [5, 25, 50]
+
+def test_split_does_not_depend_on_file_order():
+    ds = load_dataset(get_task("nano-scans-5"))
+    shuffled = Dataset(ds.name, ds.class_names, ds.train.take(np.random.default_rng(0).permutation(len(ds.train))), ds.test)
+    a, b = (make_split(get_task("nano-scans-5"), 0, d) for d in (ds, shuffled))
+    assert a.train.ids == b.train.ids and a.train.labels.tolist() == b.train.labels.tolist() and a.digest == b.digest
+    assert np.array_equal(np.asarray(a.train.read(7)), np.asarray(b.train.read(7)))
+
+def test_seeds_and_content_change_the_digest(tmp_path):
+    task, root = dataclasses.replace(TOY, shots=2, val_per_class=0), tree(tmp_path/"Toy", n=6)
+    split = make_split(task, 0, folder_dataset("toy", root))
+    again = make_split(task, 0, folder_dataset("toy", root))
+    assert split.digest == again.digest
+    assert len({make_split(task, s, folder_dataset("toy", root)).digest for s in range(4)}) > 1
+    picture(999).save(root/f"{split.train.ids[0]}.png") if (root/f"{split.train.ids[0]}.png").exists() else picture(999).save(root/f"{split.train.ids[0]}.jpg")
+    assert make_split(task, 0, folder_dataset("toy", root)).digest != split.digest
+
+def test_digest_golden():
+    "The digest is that of (class names, ids and labels of the three parts, marks of the training images)."
+    samples = lambda p, n: Samples([f"{p}{i}" for i in range(n)], [i%2 for i in range(n)], None, lambda i: f"mark {p}{i}")
+    split = make_split(dataclasses.replace(TOY, shots=1, val_per_class=0), 0, Dataset("d", ["x", "y"], samples("a", 2), samples("b", 2)))
+    assert split.digest == digest([["x", "y"], [[["a0", "a1"], [0, 1]], None, [["b0", "b1"], [0, 1]]], ["mark a0", "mark a1"]])
+
+def test_digest_mismatch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "splits_dir", lambda: tmp_path)
+    task = get_task("nano-digits-5")
+    path = write_split_file(task, tmp_path, seeds=(0, 1))
+    listed = read_split_file(task)
+    split = get_split(task, 1)                                               # agrees, so it passes
+    assert listed["digests"]["1"] == split.digest and listed["train_ids"]["1"] == split.train.ids and listed["counts"]["train"] == 25
+    path.write_text(path.read_text().replace(split.digest, "0"*16))
+    with pytest.raises(DiffDAError, match=f"'nano-digits-5', seed 1, are not the published ones .digest {split.digest}, expected {'0'*16}"): get_split("nano-digits-5", 1)
+    get_split(dataclasses.replace(task, shots=4), 1)                         # another task of the same name is not held to it
+
+def test_published_splits_are_those_we_draw():
+    published = [t for t in list_tasks("nano") if read_split_file(get_task(t))]
+    assert published == list_tasks("nano")
+    for t in published:
+        for seed in read_split_file(get_task(t))["digests"]: get_split(t, int(seed))          # raises if they differ
+
+# tasks and the embedded data
+
+def test_unknown_task_lists_the_nearest():
+    with pytest.raises(DiffDAError, match="did you mean .*nano-fashion"): get_task("nano-fasion")
+    with pytest.raises(DiffDAError, match="scale"): list_tasks("large")
+
+def test_scales():
+    assert set(list_tasks()) == set(list_tasks("nano")) | set(list_tasks("paper")) and not set(list_tasks("nano")) & set(list_tasks("paper"))
+    assert all(get_task(t).scale == "nano" and get_task(t).backbone == "nano" for t in list_tasks("nano"))
+
+def test_nano_images_are_framed_or_enlarged():
+    x = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    im = np.asarray(nano_image(x))
+    assert im.shape == (32, 32, 3) and np.array_equal(im[2:30, 2:30, 1], x) and im.sum() == 3*x.sum(dtype=int)
+    y = np.random.default_rng(1).integers(0, 256, (8, 8), dtype=np.uint8)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(y)[None, None].float(), size=32, mode="bilinear", align_corners=False)[0, 0].numpy()
+    assert np.abs(np.asarray(nano_image(y))[..., 0] - expected).max() <= 1          # PIL rounds twice, once per axis
+
+@pytest.mark.parametrize("name, k, per_class", [("fashion", 10, 300), ("digits", 5, 100), ("scans", 10, 90)])
+def test_embedded_data(name, k, per_class):
+    ds = data.nano_dataset(name)
+    assert ds.class_names == NANO_CLASSES[name] and len(ds.class_names) == k
+    assert np.bincount(ds.train.labels).tolist() == [per_class]*k and set(ds.test.labels) == set(range(k))
+    im = ds.train.read(3)
+    assert im.size == (32, 32) and im.mode == "RGB" and np.asarray(im).std() > 10
+
+def test_scans_are_scikit_learns():
+    from sklearn.datasets import load_digits
+    d, ds = load_digits(), data.nano_dataset("scans")
+    for part in (ds.train, ds.test):
+        for i in (0, 5, 60):
+            j = int(part.ids[i].rsplit("-", 1)[1])
+            assert part.labels[i] == d.target[j] and np.array_equal(np.asarray(part.read(i)), np.asarray(nano_image((d.images[j]*255/16).round().astype(np.uint8))))
+    assert len(ds.train) + len(ds.test) == len(d.target) == len(set(ds.train.ids + ds.test.ids))
