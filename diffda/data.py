@@ -141,11 +141,11 @@ def _nano_tasks():
     new = dataclasses.replace
     for n, name, like in ((25, "nano-fashion", "Caltech-101"), (100, "nano-fashion-100", "CIFAR-100")):
         yield Task(name, "nano/fashion", "nano", "conventional", n, NANO_RECIPE, like, "nano", "garment", 10)
-    few = new(NANO_RECIPE, init="nano-fashion", epochs=40, batch_size=16, lr=0.02, label_smoothing=0.1)
+    few = new(NANO_RECIPE, init="nano-fashion", batch_size=16, lr=0.01, label_smoothing=0.1)
     for n in (1, 5, 10):
         yield Task(f"nano-digits-{n}", "nano/digits", "nano", "fine-grained", n, few, f"Birds {n}-shot", "nano", "digit", 5 if n == 10 else 0)
-    for n in (5, 25):
-        yield Task(f"nano-scans-{n}", "nano/scans", "nano", "medical", n, new(NANO_RECIPE, batch_size=16), f"Blood {n}/class", "nano", None, 10 if n == 25 else 0)
+    for n, like in ((2, "Blood 5/class"), (5, "Blood 5/class"), (25, "Blood 25/class")):
+        yield Task(f"nano-scans-{n}", "nano/scans", "nano", "medical", n, new(NANO_RECIPE, batch_size=16), like, "nano", None, 10 if n == 25 else 0)
 
 def _paper_tasks():
     for name, folder, n, lr, wd, like in (("caltech101", "Caltech101", 25, .01, 1e-4, "Caltech-101"), ("cifar100", "CIFAR100", 100, .1, 5e-4, "CIFAR-100"),

@@ -116,20 +116,21 @@ def test_undisturbed_run_is_whole(undisturbed):
 
 def test_killed_in_every_stage(worker, undisturbed, tmp_path):
     rng, store = np.random.default_rng(0), tmp_path
-    pngs = lambda: sum(1 for p in store.glob("pool/*/pool/images/*/*.png") if not p.name.startswith("."))
+    images = lambda: {p: p.stat().st_mtime_ns for p in store.glob("pool/*/pool/images/**/*.png") if not p.name.startswith(".")}
+    pngs = lambda: len(images())
     state = lambda: ("generation" if pngs() and not list(store.glob("pool/*/DONE")) else
                      "decoding" if any(not (d/"DONE").exists() for d in store.glob("array/*")) else
                      "training" if list(store.glob("train/*/checkpoint.pt")) and not list(store.glob("train/*/DONE")) else None)
     hit, first = [], {}
-    for sign, wait in ((lambda: True, .5), ("generation", .3), (lambda: pngs() > 130, .2), ("decoding", .05), ("training", .3), ("training", .3)):
+    for sign, wait in ((lambda: True, .5), ("generation", .3), (lambda: pngs() > 130, .2), ("decoding", .02), ("training", .3), ("training", .3)):
         moment = (lambda s=sign: state() == s) if isinstance(sign, str) else sign
         assert attempt(worker, store, once(moment, rng.uniform(0, wait))) == 9, f"finished before it could be killed in {sign}"
         hit.append(state())
-        if not first and list(store.glob("pool/*/DONE")): first = {p: p.stat().st_mtime_ns for p in store.glob("pool/*/pool/images/*/*.png")}
-    assert {"generation", "training"} <= set(hit) and len(first) == 300
+        if not first and list(store.glob("pool/*/DONE")): first = images()
+    assert {"generation", "decoding", "training"} <= set(hit) and len(first) == 300
     assert attempt(worker, store, never) == 0
     same(store, undisturbed)
-    assert {p: p.stat().st_mtime_ns for p in first} == first             # a finished pool is not touched again
+    assert images() == first                                             # a finished pool is not touched again
     before = {p: p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file() and p.name != ".lock"}
     assert attempt(worker, store, never) == 0 and {p: p.stat().st_mtime_ns for p in before} == before
 
