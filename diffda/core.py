@@ -155,7 +155,7 @@ def resumable(n_steps:int, step, state:dict, path, every_s:float=15, desc:str=""
         for name, obj in state.items(): obj.load_state_dict(saved[name])
     last = time.time()
     for i in tqdm(range(len(history), n_steps), desc=desc, initial=len(history), total=n_steps,
-                  disable=not progress, mininterval=2, leave=False):
+                  disable=not progress, mininterval=10, leave=False):
         history.append(step(i))
         if time.time() - last > every_s or i == n_steps - 1:
             with writing(path) as temp: torch.save({**{k: v.state_dict() for k, v in state.items()}, "history": history}, temp)

@@ -211,7 +211,7 @@ def _draw_all(part, split, folder, pipe, b, todo, rows, total):
     prompts, position = Prompts(pipe, rows), {s: i for i, s in enumerate(split.train.ids)}
     for d in {(folder/r["file_name"]).parent for r in rows}: make_dir(d)
     latents = {}
-    bar = tqdm(todo, desc="generate", initial=total - len(todo), total=total, disable=not total, leave=False, mininterval=2)
+    bar = tqdm(todo, desc="generate", initial=total - len(todo), total=total, disable=not total, leave=False, mininterval=10)
     for batch in bar:
         ids = list(dict.fromkeys(r["source_id"] for r in batch))
         new = [i for i in ids if i not in latents]
