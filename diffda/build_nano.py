@@ -11,7 +11,7 @@ __all__ = ['FASHION', 'DIGITS', 'KNOWN', 'IDX_DIRS', 'STYLES', 'EXTRA_WORDS', 'C
            'quality', 'save_data', 'defaults', 'build', 'finish', 'report_text']
 
 # %% ../nbs/12_build_nano.ipynb #eba40f41
-import dataclasses, gzip, hashlib, inspect, json, math, shutil
+import dataclasses, gzip, hashlib, inspect, json, math, shutil, zlib
 from pathlib import Path
 
 import numpy as np, torch
@@ -32,10 +32,13 @@ IDX_DIRS = ("/usr/share/datasets/fashion-mnist",)
 def read_idx(path) -> np.ndarray:
     "The array in an idx file (gzipped or not): two zero bytes, type 8 = uint8, number of dimensions, sizes, data."
     path = Path(path)
-    data = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
-    if data[:3] != b"\x00\x00\x08": raise DiffDAError(f"{path} is not an idx file of bytes; expected Fashion-MNIST's original files.")
-    shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4*data[3]).reshape(shape)
+    try:
+        data = (gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes())
+        if data[:3] != b"\x00\x00\x08": raise ValueError("it does not begin like one")
+        shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4*data[3]).reshape(shape)
+    except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise DiffDAError(f"{path} is not an idx file of bytes ({e}); expected Fashion-MNIST's original files, whole.") from e
 
 def fashion_source(folder=None):
     "Fashion-MNIST as ((train images, labels), (test images, labels)), uint8 of shape (n, 28, 28)."

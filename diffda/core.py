@@ -61,7 +61,7 @@ def generator_for(*parts, device="cpu") -> torch.Generator:
 def seeded(*parts):
     "Lend torch's global CPU generator a seed made of `parts`; its former state comes back at the end."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(*parts))
+        torch.default_generator.manual_seed(seed_for(*parts))        # torch.manual_seed would reseed the GPUs too
         yield
 
 # %% ../nbs/00_core.ipynb #8c7cb0b9
@@ -135,6 +135,7 @@ class Store:
         with disk_errors(folder): lock = filelock.FileLock(folder/".lock"); lock.acquire()
         try:
             if self.done(stage): return folder
+            for left in folder.rglob(".*.tmp*"): left.unlink(missing_ok=True)             # of a run that was killed while writing
             write_json(folder/"stage.json", {"kind": stage.kind, "config": canonical(stage.config), "inputs": list(stage.inputs)})
             began = time.time()
             counts = work(folder) or {}

@@ -9,7 +9,7 @@ __all__ = ['IMAGE_ENDINGS', 'NANO_WORLD', 'NANO_CLASSES', 'IMAGENET_MEAN', 'IMAG
            'splits_dir', 'read_split_file', 'write_split_file']
 
 # %% ../nbs/01_data.ipynb #9a013ba9
-import dataclasses, functools, hashlib, os
+import dataclasses, functools, hashlib, os, struct
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +44,11 @@ IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tif
 def read_image(path) -> Image.Image:
     "The image file at `path` as RGB; one clear sentence when it is missing or damaged."
     try:
-        with Image.open(path) as im: return im.convert("RGB")
+        with Image.open(path) as im:
+            if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im).clip(0, 65535)/257).round().astype(np.uint8))      # 16-bit grey
+            return im.convert("RGB")
     except FileNotFoundError as e: raise DiffDAError(f"Image {path} does not exist any more; put it back or remove it from the list.") from e
-    except (UnidentifiedImageError, OSError, SyntaxError) as e:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as e:
         raise DiffDAError(f"Image {path} is damaged ({str(e) or type(e).__name__}); replace it with a good copy, or delete it if the data can do without.") from e
 
 def folder_samples(root, class_names, prefix:str) -> Samples:
@@ -58,7 +60,10 @@ def folder_samples(root, class_names, prefix:str) -> Samples:
         files += here; labels += [label]*len(here)
     ids = [f"{prefix}/{p.relative_to(root).with_suffix('').as_posix()}" for p in files]
     if len(set(ids)) < len(ids): raise DiffDAError(f"Two images under {root} have the same name with different endings; names must be unique within a class.")
-    return Samples(ids, labels, lambda i: read_image(files[i]), lambda i: file_digest(files[i]))
+    return Samples(ids, labels, lambda i: read_image(files[i]), lambda i: _file_mark(files[i], files[i].stat().st_mtime_ns))
+
+@functools.lru_cache(maxsize=None)
+def _file_mark(path, changed): return file_digest(path)           # read once per process, and again when the file changes
 
 def folder_dataset(name:str, root) -> Dataset:
     "A dataset stored as `root/train/<class>/*` and `root/test/<class>/*`."
@@ -200,9 +205,9 @@ def make_split(task:Task, seed:int, dataset:Dataset) -> Split:
                               + (f" and {task.val_per_class} to validate." if task.val_per_class else "."))
         train += list(order[:task.shots]); val += list(order[task.shots:task.shots + task.val_per_class])
     parts = [dataset.train.take(train), dataset.train.take(val) if val else None, dataset.test]
-    content = [[list(p.ids), p.labels.tolist()] if p else None for p in parts]
+    content = [[list(p.ids), p.labels.tolist(), [p.mark(i) for i in range(len(p))]] if p else None for p in parts]
     return Split(task, seed, dataset.class_names, *parts,
-                 digest([dataset.class_names, content, [parts[0].mark(i) for i in range(len(parts[0]))]]))
+                 digest([dataset.class_names, content]))
 
 def get_split(task, seed:int=0) -> Split:
     "The images of trial `seed` of `task` (a name or a `Task`), checked against the published digest where there is one."

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .core import DiffDAError, digest, file_digest, generator_for, lookup, make_dir, read_json, write_text, writing
@@ -47,6 +48,8 @@ class SyntheticPool:
     def weights(self, num_classes:int) -> np.ndarray:
         "Label weights of shape (n, num_classes), float32, each row summing to one, from `label_weights` of the rows."
         w = np.zeros((len(self), num_classes), np.float32)
+        wrong = {p["label"] for pairs in self.rows.label_weights for p in pairs if not 0 <= p["label"] < num_classes}
+        if wrong: raise DiffDAError(f"Label {min(wrong)} in {self.folder} is none of this task's {num_classes} classes. {self._mend}")
         for i, pairs in enumerate(self.rows.label_weights):
             for p in pairs: w[i, p["label"]] += p["weight"]
         if not np.allclose(w.sum(1), 1, atol=1e-4): raise DiffDAError(f"Label weights in {self.folder} do not sum to one. {self._mend}")
@@ -54,7 +57,7 @@ class SyntheticPool:
 
     def digest(self) -> str:
         "A fingerprint of all pixels files and metadata."
-        return file_digest(self.folder/"metadata.jsonl", *(self.folder/f for f in self.rows.file_name))
+        return file_digest(self.folder/"metadata.jsonl", *(self.folder/f for f in self.rows.get("file_name", [])))
 
 # %% ../nbs/05_generate.ipynb #0a26e2b1
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,8 @@ def get_backbone(name:str) -> Backbone:
     if not (folder/"model_index.json").exists():
         raise DiffDAError(f"{folder} is not a diffusers pipeline: it has no model_index.json. Expected a Stable Diffusion checkpoint folder"
                           + ("; the installation is incomplete, reinstall diffda or run `diffda build-nano`." if name == "nano" else "."))
-    kind = read_json(folder/"model_index.json").get("_class_name", "nothing")
+    try: kind = read_json(folder/"model_index.json").get("_class_name", "nothing")
+    except ValueError as e: raise DiffDAError(f"{folder}/model_index.json is damaged ({e}); get the checkpoint again.") from e
     if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
         raise DiffDAError(f"{folder} holds a {kind}; this method needs a text-to-image Stable Diffusion (StableDiffusionPipeline).")
     return b
@@ -111,7 +115,7 @@ def load_pipeline(b:Backbone, device:str, adaptation:str=None):
         with quiet():
             pipe = StableDiffusionImg2ImgPipeline.from_pretrained(b.source, safety_checker=None, requires_safety_checker=False)
             pipe = pipe.to(device, torch.float16 if device.startswith("cuda") else torch.float32)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         raise DiffDAError(f"Backbone {b.name!r} cannot be loaded from {b.source}: {str(e).splitlines()[0]} Give the path of a local checkpoint, or check the connection.") from e
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2)
     if adaptation:
@@ -144,6 +148,7 @@ class SDEdit:
     num_copies: int = 5               # synthetic images per real image
 
     def __post_init__(self):
+        object.__setattr__(self, "strength", float(self.strength))        # 1 and 1.0 are the same setting
         if not 0 < self.strength <= 1: raise DiffDAError(f"strength lies in (0, 1]; found {self.strength}.")
         if self.num_copies < 1: raise DiffDAError(f"num_copies is at least 1; found {self.num_copies}.")
         if self.steps == 0:
@@ -158,7 +163,7 @@ class SDEdit:
         for sid, label in zip(split.train.ids, split.train.labels.tolist()):
             prompt = prompt_for(self.prompt, split.class_names[label], split.task.metaclass)
             for c in range(self.num_copies):
-                out.append(dict(file_name=f"images/{split.class_names[label].replace('/', '_')}/{sid.replace('/', '_')}_{c}.png",
+                out.append(dict(file_name=f"images/{split.class_names[label].replace('/', '_')}/{sid}_{c}.png",
                                 label=label, source_id=sid, source_label=label, target_label=label,
                                 label_weights=[{"label": label, "weight": 1.0}], copy=c, prompt=prompt, strength=self.strength,
                                 steps=self.steps, num_inference_steps=self.num_inference_steps, guidance=g, seed=seed,
@@ -199,7 +204,7 @@ def generate_pool(part, split:Split, folder, *, backbone="nano", seed:int=None, 
     metadata to the call that finds all images made. Returns the pool, or None while other shards are not finished."""
     b, folder = get_backbone(backbone), make_dir(folder)
     seed = split.seed if seed is None else seed
-    rows = part.rows(split, b, seed)
+    rows = [{**r, "adaptation": Path(adaptation).name if adaptation else None} for r in part.rows(split, b, seed)]
     batches = [rows[i:i+batch_size] for i in range(0, len(rows), batch_size)][shard[0]::shard[1]]
     todo = [r for r in batches if not all((folder/x["file_name"]).exists() for x in r)]
     if todo: _draw_all(part, split, folder, load_pipeline(b, device or default_device(), adaptation), b, todo, rows, len(batches) if progress else 0)

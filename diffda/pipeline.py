@@ -17,7 +17,7 @@ from .core import DiffDAError, Stage, Store, canonical, lookup, read_json, write
 from .data import Split, Task, get_split, get_task
 from .generate import SyntheticPool, backbone_key, generate_pool, get_backbone
 from .method import Method, get_method
-from .train import environment, fit, new_classifier, nano_weights, summary, write_array
+from .train import environment, fit, new_classifier, steps_per_epoch, summary, weights_key, write_array
 from .utilize import label_matrix, pool_owners
 
 # %% ../nbs/08_pipeline.ipynb #05b4fffc
@@ -30,13 +30,13 @@ class Run:
     equal: str = "epochs"
     num_copies: int = 5               # M of the comparison, for equal="steps"
 
-    @property
-    def recipe(self):
-        "The task's recipe, with more epochs where equal steps ask for them."
-        r = self.task.recipe
+    def recipe(self, n_real:int):
+        "The task's recipe for `n_real` real images, with more epochs where equal steps ask for them."
+        r, m = self.task.recipe, self.num_copies
         if self.equal == "epochs": return r
-        m, n = self.num_copies, {"fc": self.num_copies + 1, "fr": self.num_copies}.get(self.method.utilize, 1) if self.method.generate else 1
-        return dataclasses.replace(r, epochs=round(r.epochs*(1 + m)/n))
+        times = {"fc": m + 1, "fr": m}.get(self.method.utilize, 1) if self.method.generate else 1
+        steps = lambda k: steps_per_epoch(k*n_real, r.batch_size)
+        return dataclasses.replace(r, epochs=max(1, round(r.epochs*steps(m + 1)/steps(times))))
 
 def plan(methods, tasks, seeds=(0, 1, 2), equal:str="epochs", epochs:int=None, **changes) -> list:
     """All runs of `methods` x `tasks` x `seeds` (names or objects), each once.
@@ -69,14 +69,14 @@ def pool_stage(run:Run, split:Split):
     if run.method.generate is None: return None
     b = get_backbone(run.task.backbone)
     adapted = [s.key for _, s in adaptation_stages(run, split)][-1:]
-    part = dataclasses.replace(run.method.generate, guidance_scale=run.method.generate.guidance_scale or b.guidance_scale)
+    part = dataclasses.replace(run.method.generate, guidance_scale=b.guidance_scale if run.method.generate.guidance_scale is None else run.method.generate.guidance_scale)
     return Stage("pool", {"part": part, "seed": run.seed, "metaclass": run.task.metaclass}, (split.digest, backbone_key(b), *adapted))
 
 def train_stage(run:Run, split:Split) -> Stage:
     "The stage that trains the run's classifier."
     m, pool = run.method, pool_stage(run, split)
     replaces = m.generate is not None and m.utilize in ("lrr", "grr")
-    config = {"recipe": run.recipe, "augment": m.augment, "utilize": m.utilize if pool else None, "p": m.p if replaces else None, "seed": run.seed}
+    config = {"recipe": run.recipe(len(split.train)), "init": weights_key(run.task.recipe.init), "augment": m.augment, "utilize": m.utilize if pool else None, "p": m.p if replaces else None, "seed": run.seed}
     return Stage("train", config, (split.digest, *([pool.key] if pool else [])))
 
 # %% ../nbs/08_pipeline.ipynb #1a073bb9
@@ -99,7 +99,9 @@ def pool_of(run:Run, store:Store, split:Split=None, progress=True):
                              adaptation=str(adaptation) if adaptation else None, progress=progress)
         return {"images": len(pool), "digest": pool.digest()}
     folder = store.run(stage, work)
-    return SyntheticPool(folder/"pool", read_json(folder/"DONE")["images"])
+    pool = SyntheticPool(folder/"pool", read_json(folder/"DONE")["images"])
+    if not len(pool): raise DiffDAError(f"The synthetic pool {pool.folder} is empty; a method that adds nothing cannot be compared.")
+    return pool
 
 def array_of(what:str, key, n:int, read, size:int, store:Store):
     "The `n` images that `read(i)` gives as a uint8 array, a stage of its own; `key` stands for where they come from."
@@ -117,10 +119,10 @@ def record_of(run:Run, store:Store, progress=True) -> dict:
     if not store.done(stage):
         pool = pool_of(run, store, split, progress)
         store.run(stage, lambda folder: _train(run, split, pool, stage, folder, store, progress))
-    return read_json(store.dir(stage)/"record.json")
+    return {**read_json(store.dir(stage)/"record.json"), "seconds": read_json(store.dir(stage)/"DONE")["seconds"]}
 
 def _train(run, split, pool, stage, folder, store, progress):
-    r, k, m = run.recipe, len(split.class_names), run.method
+    r, k, m = run.recipe(len(split.train)), len(split.class_names), run.method
     arrays = {n: array_of(n, split.digest, len(s), s.read, r.resize, store)
               for n, s in (("train", split.train), ("val", split.val), ("test", split.test)) if s is not None}
     images = [arrays["train"]] + ([array_of("pool", pool_stage(run, split).key, len(pool), pool.image, r.resize, store)] if pool else [])
@@ -156,7 +158,7 @@ _RATES = {("nano", "pool"): 40, ("nano", "train"): 1500, ("paper", "pool"): 4, (
 
 def _images_seen(run, split):
     n, m = len(split.train), getattr(run.method.generate, "num_copies", 0)
-    return run.recipe.epochs*n*({"fc": 1 + m, "fr": m}.get(run.method.utilize, 1) if m else 1)
+    return run.recipe(n).epochs*n*({"fc": 1 + m, "fr": m}.get(run.method.utilize, 1) if m else 1)
 
 def as_row(record:dict, run:Run) -> dict:
     "One flat row of the results table from a record."
@@ -167,7 +169,7 @@ def as_row(record:dict, run:Run) -> dict:
             "strength": getattr(m.generate, "strength", float("nan")), "num_copies": getattr(m.generate, "num_copies", 0), "equal": run.equal,
             "top1": record["last"]["top1"], "top5": record["last"]["top5"], "best_val": best("best_val"), "best_test": best("best_test"),
             "per_class": record["last"]["per_class"], "n_real": record["n_real"], "n_synthetic": record["n_synthetic"],
-            "steps": record["steps"], "pool": record["pool"], "key": record["key"]}
+            "steps": record["steps"], "seconds": record["seconds"], "pool": record["pool"], "key": record["key"]}
 
 def run_all(runs, store=None, progress=True) -> pd.DataFrame:
     "Make what is missing of `runs` and return one row per run; `store` is a `Store`, a folder or None for the default one."
