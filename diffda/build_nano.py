@@ -99,7 +99,7 @@ STYLES = {"an inverted": lambda x, g: 1 - x, "an outlined": lambda x, g: outline
           "a noisy": lambda x, g: (x + .2*torch.randn(x.shape, generator=g)).clamp(0, 1)}
 
 def attributes(x) -> list:
-    "For float images (n, 3, 32, 32): per image two to three words from brightness, width and lean, against the batch's quartiles."
+    "For float images (n, 3, 32, 32): per image up to three words from brightness, width and lean, against the batch's quartiles."
     g = x.mean(1); mass = g.sum((1, 2)).clamp(min=1e-3)
     u = torch.linspace(-1, 1, 32)
     mx, my = (g*u).sum((1, 2))/mass, (g*u[:, None]).sum((1, 2))/mass

@@ -121,7 +121,7 @@ def execute(notebook, folder, params:dict, progress:bool=True) -> Path:
     from papermill.exceptions import PapermillExecutionError
     from diffda.core import DiffDAError
     notebook, folder = Path(notebook), Path(folder)
-    final, running = folder/notebook.name, folder/f".running-{notebook.name}"
+    final, failed, running = folder/notebook.name, folder/f"{notebook.stem}.failed.ipynb", folder/f".running-{notebook.name}"
     escape = lambda p: str(p).replace("{", "{{").replace("}", "}}")       # papermill takes its paths for format strings
     screens = {f"{n}_file": Screen(getattr(sys, n)) for n in ("stdout", "stderr")} if progress else {}
     logging.getLogger("papermill").setLevel("CRITICAL")                   # what it has to say is said below
@@ -130,15 +130,18 @@ def execute(notebook, folder, params:dict, progress:bool=True) -> Path:
                                    coalesce_streams=True, extra_arguments=_KERNEL, **screens)
     except PapermillExecutionError as e:
         if e.ename == "DiffDAError": raise DiffDAError(e.evalue) from None
-        raise DiffDAError(f"Cell {e.exec_count} of {final} failed with {e.ename}: {(e.evalue.strip().splitlines() or [''])[0]}") from None
+        raise DiffDAError(f"Cell {e.exec_count} of {failed} failed with {e.ename}: {(e.evalue.strip().splitlines() or [''])[0]}") from None
     except DeadKernelError as e:
         raise DiffDAError("The process that ran the notebook ended at once, most often for want of memory. "
                           "What was finished is kept; the same command resumes.") from e
     except KeyboardInterrupt:
         running.unlink(missing_ok=True)
         raise
+    else:
+        os.replace(running, final)
+        failed.unlink(missing_ok=True)
     finally:
-        if running.exists(): os.replace(running, final)
+        if running.exists(): os.replace(running, failed)
     return final
 
 # %% ../nbs/10_cli.ipynb #334eedb9
@@ -169,11 +172,13 @@ def check_writable(folder) -> Path:
 def reproduce(item:str, scale:str="nano", out="results", store=None, params=()) -> Path:
     "Run the notebook of `item` ('unidiffda/table02') and print what came out; returns the folder `out/item`."
     from diffda.core import Store
+    from diffda.data import data_root
     from diffda.report import list_papers, paper_notebook
     notebook = paper_notebook(known_name(item, list_papers(), "paper item"))
     params = read_params(params, notebook)
     folder = check_writable(Path(out).expanduser().absolute()/item)
     store = check_writable(Store(store).root)
+    os.environ["DIFFDA_DATA"] = str(data_root())          # the kernel starts in another folder
     print(f"{item} at {scale} scale. Results: {folder}. Finished work is kept in {store}; a run that was stopped resumes there.", flush=True)
     done = execute(notebook, folder, {**params, "scale": scale, "store": str(store), "out": str(folder.parents[item.count("/")])})
     print("\n" + summary(item, folder, done), flush=True)

@@ -122,7 +122,7 @@ def default_store() -> Path:
 
 class Store:
     "Finished work by key, in the folder `root` (default: `default_store()`)."
-    def __init__(self, root=None): self.root = make_dir(Path(root).expanduser().absolute() if root else default_store())
+    def __init__(self, root=None): self.root = make_dir(Path(root or default_store()).expanduser().absolute())
     def __repr__(self): return f"Store({str(self.root)!r})"
     def dir(self, stage:Stage) -> Path: return self.root/stage.kind/stage.key
     def done(self, stage:Stage) -> bool: return (self.dir(stage)/"DONE").exists()
@@ -151,8 +151,8 @@ def resumable(n_steps:int, step, state:dict, path, every_s:float=15, desc:str=""
     every `every_s` seconds and restored from there when the loop starts again."""
     path, history = Path(path), []
     if path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        history = saved.pop("history")
+        try: saved = torch.load(path, map_location="cpu", weights_only=True); history = saved.pop("history")
+        except Exception as e: raise DiffDAError(f"Checkpoint {path} is damaged; delete it and run again: this training starts anew, all else is kept.") from e
         for name, obj in state.items(): obj.load_state_dict(saved[name])
     last = time.time()
     for i in tqdm(range(len(history), n_steps), desc=desc, initial=len(history), total=n_steps,

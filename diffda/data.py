@@ -171,7 +171,7 @@ def get_task(name:str) -> Task:
 # %% ../nbs/01_data.ipynb #0e821399
 def data_root() -> Path:
     "The folder with the papers' datasets: `$DIFFDA_DATA`, else `data` in the current folder."
-    return Path(os.environ.get("DIFFDA_DATA") or "data").expanduser()
+    return Path(os.environ.get("DIFFDA_DATA") or "data").expanduser().absolute()
 
 def load_dataset(task:Task) -> Dataset:
     "The whole dataset behind `task`."

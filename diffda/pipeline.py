@@ -119,7 +119,10 @@ def record_of(run:Run, store:Store, progress=True) -> dict:
     if not store.done(stage):
         pool = pool_of(run, store, split, progress)
         store.run(stage, lambda folder: _train(run, split, pool, stage, folder, store, progress))
-    return {**read_json(store.dir(stage)/"record.json"), "seconds": read_json(store.dir(stage)/"DONE")["seconds"]}
+    folder = store.dir(stage)
+    try: return {**read_json(folder/"record.json"), "seconds": read_json(folder/"DONE")["seconds"]}
+    except (OSError, ValueError, KeyError) as e:
+        raise DiffDAError(f"The record in {folder} is missing or damaged; delete {folder/'DONE'} and run again: it is written anew from the last checkpoint.") from e
 
 def _train(run, split, pool, stage, folder, store, progress):
     r, k, m = run.recipe(len(split.train)), len(split.class_names), run.method
@@ -151,7 +154,7 @@ def estimate(runs, store:Store) -> str:
     seconds = sum(work/_RATES[scale, kind] for kind, scale, work in todo)
     n = {k: sum(v[0] == k for v in todo) for k in ("pool", "train")}
     took = f"about {seconds/60:.0f} min" if seconds < 5400 else f"about {seconds/3600:.1f} h"
-    return f"{n['pool']} pools to generate and {n['train']} classifiers to train ({took if todo else 'nothing to do'}); {len(stages) - len(todo)} of {len(stages)} stages are in the store."
+    return f"To do: {n['pool']} x generate, {n['train']} x train ({took if todo else 'nothing to do'}); {len(stages) - len(todo)} of {len(stages)} stages are in the store."
 
 # images per second: measured on two CPU cores for the nano scale, one recent GPU assumed for the paper scale
 _RATES = {("nano", "pool"): 40, ("nano", "train"): 1500, ("paper", "pool"): 4, ("paper", "train"): 1500}

@@ -121,7 +121,7 @@ def test_a_known_problem_is_one_sentence(toy, tmp_path, capsys):
     toy("from diffda.core import DiffDAError\nraise DiffDAError('The box is empty; fill it.')")
     assert reproduce(tmp_path) == 1
     assert capsys.readouterr().err.strip() == "diffda: The box is empty; fill it."
-    cells = nbformat.read(tmp_path/"out"/"toy"/"table01"/"table01.ipynb", 4).cells
+    cells = nbformat.read(tmp_path/"out"/"toy"/"table01"/"table01.failed.ipynb", 4).cells
     assert any(o.output_type == "error" for c in cells for o in c.get("outputs", []))
 
 
@@ -129,7 +129,17 @@ def test_any_other_failure_names_the_notebook(toy, tmp_path, capsys):
     toy("1/0")
     assert reproduce(tmp_path) == 1
     error = capsys.readouterr().err.strip()
-    assert "ZeroDivisionError" in error and str(tmp_path/"out"/"toy"/"table01"/"table01.ipynb") in error and "\n" not in error
+    assert "ZeroDivisionError" in error and str(tmp_path/"out"/"toy"/"table01"/"table01.failed.ipynb") in error and "\n" not in error
+
+
+def test_a_failed_run_leaves_the_good_notebook(toy, tmp_path, capsys):
+    good = tmp_path/"out"/"toy"/"table01"/"table01.ipynb"
+    assert reproduce(tmp_path) == 0
+    before = good.read_bytes()
+    toy("1/0")
+    assert reproduce(tmp_path) == 1 and good.read_bytes() == before and good.with_name("table01.failed.ipynb").exists()
+    toy()
+    assert reproduce(tmp_path) == 0 and not good.with_name("table01.failed.ipynb").exists()
 
 
 def test_the_process_dies(toy, tmp_path, capsys):
@@ -153,7 +163,8 @@ def test_ctrl_c_keeps_the_earlier_notebook(toy, tmp_path):
     folder = tmp_path/"out"/"toy"/"table01"
     folder.mkdir(parents=True)
     (folder/"table01.ipynb").write_text("the earlier one")
-    patched = ("import sys, pathlib, diffda.report as r; from diffda.cli import main\n"
+    patched = ("import sys, pathlib, signal, diffda.report as r; from diffda.cli import main\n"
+               "signal.signal(signal.SIGINT, signal.default_int_handler)\n"           # a job started in the background inherits that Ctrl-C is ignored
                f"r.papers_dir = lambda: pathlib.Path({str(toy().parents[1])!r})\ntoy = None\nsys.exit(main())")
     toy("import time\nprint('sleeping', flush=True)\ntime.sleep(60)")
     argv = [sys.executable, "-c", patched, "reproduce", "toy/table01", "--out", str(tmp_path/"out"), "--store", str(tmp_path/"store")]

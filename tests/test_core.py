@@ -200,3 +200,8 @@ def test_a_finished_loop_is_restored_without_a_step(tmp_path):
     first = resumable(4, a.step, {"walk": a}, tmp_path/"c.pt", progress=False)            # the last step always saves
     assert resumable(4, lambda i: pytest.fail("ran again"), {"walk": b}, tmp_path/"c.pt", progress=False) == first
     assert a.x.item() == b.x.item() and files(tmp_path) == ["c.pt"]
+
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
+    (tmp_path/"c.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(core.DiffDAError, match="c.pt is damaged; delete it and run again"):
+        core.resumable(3, lambda i: i, {}, tmp_path/"c.pt", progress=False)
