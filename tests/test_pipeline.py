@@ -180,7 +180,7 @@ def test_other_settings_do_not_find_the_old_pool(full):
 
 def test_estimate_counts_stages(full, capsys):
     run_all(plan(["baseline", "real-guidance"], [TASK], (0,), **QUICK), full[0])
-    assert "0 pools to generate and 0 classifiers to train (nothing to do); 3 of 3 stages" in capsys.readouterr().out
+    assert "To do: 0 x generate, 0 x train (nothing to do); 3 of 3 stages" in capsys.readouterr().out
 
 # what the classifier gets
 
