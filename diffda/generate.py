@@ -81,7 +81,7 @@ BACKBONES = {"nano": Backbone("nano", str(NANO_WORLD/"generator"), 32, nano_guid
 def get_backbone(name:str) -> Backbone:
     "The backbone called `name`, or the one in the folder `name`; raises `DiffDAError` for anything that is not a text-to-image Stable Diffusion."
     local = Path(name).is_dir()
-    b = Backbone(name, name, _resolution(Path(name))) if local else lookup(name, BACKBONES, "backbone (a name, or the path of an existing checkpoint folder)")
+    b = Backbone(name, name, _resolution(Path(name))) if local else lookup(name, BACKBONES, "backbone")
     folder = Path(b.source)
     if not (local or folder.is_absolute()): return b                       # an id on the hub
     if not (folder/"model_index.json").exists():
