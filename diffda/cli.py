@@ -33,7 +33,7 @@ def listing(kind:str, scale:str=None) -> list:
     "One dict per known method, task or paper item; `scale` ('nano', 'paper') narrows the tasks."
     if kind == "methods":
         from diffda.method import get_method, list_methods
-        return [{"name": m, "title": get_method(m).title} for m in list_methods()]
+        return [{"name": m, "title": get_method(m).title, **get_method(m).parts} for m in list_methods()]
     if kind == "tasks":
         from diffda.data import get_task, list_tasks
         fields = ("name", "scale", "family", "dataset", "shots", "counterpart")
@@ -157,7 +157,7 @@ def summary(item:str, folder, notebook) -> str:
     if (folder/"claims.json").exists():
         claims = json.loads((folder/"claims.json").read_text(encoding="utf-8"))
         parts.append("\n".join(str(Verdict(**{k: math.nan if v is None else v for k, v in c.items()})) for c in claims))
-    places = [("table", folder/"table.csv")] + [("figure", p) for p in sorted(folder.glob("*.png"))] + [("notebook", notebook)]
+    places = [("table", folder/"table.csv")] + [("figure", p) for p in sorted(folder.glob("*.png"))] + [("notebook", notebook), ("records", folder/"records.jsonl"), ("claims", folder/"claims.json")]
     parts.append("\n".join(f"{what:>10}  {path}" for what, path in places if Path(path).exists()))
     return "\n\n".join(parts)
 

@@ -8,7 +8,7 @@ __all__ = ['DiffDAError', 'lookup', 'canonical', 'digest', 'file_digest', 'seed_
            'resumable']
 
 # %% ../nbs/00_core.ipynb #eec12ed8
-import contextlib, dataclasses, difflib, errno, hashlib, json, os, time
+import contextlib, dataclasses, difflib, errno, hashlib, json, os, pickle, time, zipfile
 from pathlib import Path
 
 import filelock, torch
@@ -152,7 +152,7 @@ def resumable(n_steps:int, step, state:dict, path, every_s:float=15, desc:str=""
     path, history = Path(path), []
     if path.exists():
         try: saved = torch.load(path, map_location="cpu", weights_only=True); history = saved.pop("history")
-        except Exception as e: raise DiffDAError(f"Checkpoint {path} is damaged; delete it and run again: this training starts anew, all else is kept.") from e
+        except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as e: raise DiffDAError(f"Checkpoint {path} is damaged; delete it and run again: this training starts anew, all else is kept.") from e
         for name, obj in state.items(): obj.load_state_dict(saved[name])
     last = time.time()
     for i in tqdm(range(len(history), n_steps), desc=desc, initial=len(history), total=n_steps,

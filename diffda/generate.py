@@ -80,7 +80,7 @@ BACKBONES = {"nano": Backbone("nano", str(NANO_WORLD/"generator"), 32, nano_guid
 
 def get_backbone(name:str) -> Backbone:
     "The backbone called `name`, or the one in the folder `name`; raises `DiffDAError` for anything that is not a text-to-image Stable Diffusion."
-    local = Path(name).is_dir()
+    local = name not in BACKBONES and Path(name).is_dir()
     b = Backbone(name, name, _resolution(Path(name))) if local else lookup(name, BACKBONES, "backbone")
     folder = Path(b.source)
     if not (local or folder.is_absolute()): return b                       # an id on the hub
@@ -129,11 +129,13 @@ def quiet():
     "No bars and no advice from the libraries while a pipeline loads; what they had set before comes back."
     from diffusers.utils import logging as d
     from transformers.utils import logging as t
-    levels = d.get_verbosity(), t.get_verbosity()
-    for l in (d, t): l.set_verbosity_error(); l.disable_progress_bar()
+    before = [(l, l.get_verbosity(), l.is_progress_bar_enabled()) for l in (d, t)]
+    for l, *_ in before: l.set_verbosity_error(); l.disable_progress_bar()
     try: yield
     finally:
-        for l, v in zip((d, t), levels): l.set_verbosity(v); l.enable_progress_bar()
+        for l, level, bar in before:
+            l.set_verbosity(level)
+            if bar: l.enable_progress_bar()
 
 def default_device() -> str: return "cuda" if torch.cuda.is_available() else "cpu"
 

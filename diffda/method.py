@@ -13,6 +13,7 @@ from .core import DiffDAError, lookup
 # %% ../nbs/04_method.ipynb #527fcada
 STRATEGIES = {"fc": "full concatenation", "fr": "full replacement", "lrr": "local random replacement", "grr": "global random replacement"}
 AUGMENTS = ("standard", "mixup", "cutmix", "randaugment")
+_OWN = ("utilize", "p", "augment")
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -26,6 +27,18 @@ class Method:
     augment: str = "standard"         # one of AUGMENTS
     overrides: dict = dataclasses.field(default_factory=dict)    # {family or task name: {setting: value}}
 
+    @property
+    def settings(self) -> tuple:
+        "Names of what `at` can change."
+        return _OWN + (tuple(f.name for f in dataclasses.fields(self.generate)) if self.generate else ())
+
+    @property
+    def parts(self) -> dict:
+        "The names of the three parts."
+        name = lambda part: type(part).__name__ if part else "–"
+        tuned = " >> ".join(name(p) for p in self.finetune.parts) if self.finetune else "–"
+        return {"finetune": tuned, "generate": name(self.generate), "utilize": self.utilize if self.generate else self.augment}
+
     def at(self, task, **changes):
         "This method as it runs on `task`: the overrides of its family, of the task, then `changes` are filled in."
         settings = {**self.overrides.get(task.family, {}), **self.overrides.get(task.name, {}),
@@ -34,11 +47,10 @@ class Method:
 
     def _set(self, settings):
         own, part = {}, {}
-        parts = {f.name for f in dataclasses.fields(self.generate)} if self.generate else set()
         for k, v in settings.items():
-            if k in ("utilize", "p", "augment"): own[k] = v
-            elif k in parts: part[k] = v
-            elif self.generate: raise DiffDAError(f"Method {self.name!r} has no setting {k!r}; it has: {', '.join(sorted(parts | {'utilize', 'p', 'augment'}))}.")
+            if k in _OWN: own[k] = v
+            elif k in self.settings: part[k] = v
+            elif self.generate: raise DiffDAError(f"Method {self.name!r} has no setting {k!r}; it has: {', '.join(sorted(self.settings))}.")
         m = dataclasses.replace(self, **own, **({"generate": dataclasses.replace(self.generate, **part)} if part else {}))
         lookup(m.utilize, STRATEGIES, "utilization strategy")
         lookup(m.augment, dict.fromkeys(AUGMENTS), "augmentation")

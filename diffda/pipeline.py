@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from .core import DiffDAError, Stage, Store, canonical, lookup, read_json, write_json, write_text
 from .data import Split, Task, get_split, get_task
 from .generate import SyntheticPool, backbone_key, generate_pool, get_backbone
-from .method import Method, get_method
+from .method import Method, get_method, list_methods
 from .train import environment, fit, new_classifier, steps_per_epoch, summary, weights_key, write_array
-from .utilize import label_matrix, pool_owners
+from .utilize import epoch_size, label_matrix, pool_owners
 
 # %% ../nbs/08_pipeline.ipynb #05b4fffc
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +34,25 @@ class Run:
         "The task's recipe for `n_real` real images, with more epochs where equal steps ask for them."
         r, m = self.task.recipe, self.num_copies
         if self.equal == "epochs": return r
-        times = {"fc": m + 1, "fr": m}.get(self.method.utilize, 1) if self.method.generate else 1
-        steps = lambda k: steps_per_epoch(k*n_real, r.batch_size)
-        return dataclasses.replace(r, epochs=max(1, round(r.epochs*steps(m + 1)/steps(times))))
+        steps = lambda n: steps_per_epoch(n, r.batch_size)
+        own = epoch_size(self.method.utilize, n_real, m*n_real if self.method.generate else 0)
+        return dataclasses.replace(r, epochs=max(1, round(r.epochs*steps((m + 1)*n_real)/steps(own))))
 
 def plan(methods, tasks, seeds=(0, 1, 2), equal:str="epochs", epochs:int=None, **changes) -> list:
     """All runs of `methods` x `tasks` x `seeds` (names or objects), each once.
 
-    `changes` are settings of a method such as utilize, p, strength, num_copies; None leaves the method's own value.
+    `changes` are settings of methods such as utilize, p, strength, num_copies, for those that have them; None leaves the method's own value.
     `epochs` replaces the recipe's number."""
     lookup(equal, {"epochs": 1, "steps": 1}, "way to compare (equal)")
+    methods = [get_method(m) if isinstance(m, str) else m for m in methods]
+    given = methods if any(m.generate for m in methods) else [get_method(m) for m in list_methods()]
+    for k in changes: lookup(k, dict.fromkeys(s for m in given for s in m.settings), "setting")
     runs = []
     for t in tasks:
         task = get_task(t) if isinstance(t, str) else t
         if epochs: task = dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, epochs=epochs))
         for m in methods:
-            method = (get_method(m) if isinstance(m, str) else m).at(task, **changes)
+            method = m.at(task, **{k: v for k, v in changes.items() if k in m.settings})
             copies = getattr(method.generate, "num_copies", changes.get("num_copies") or 5)
             runs += [Run(method, task, int(s), equal, copies) for s in seeds]
     if not runs: raise DiffDAError("Nothing to run: methods, tasks and seeds must each name at least one.")
@@ -99,9 +102,7 @@ def pool_of(run:Run, store:Store, split:Split=None, progress=True):
                              adaptation=str(adaptation) if adaptation else None, progress=progress)
         return {"images": len(pool), "digest": pool.digest()}
     folder = store.run(stage, work)
-    pool = SyntheticPool(folder/"pool", read_json(folder/"DONE")["images"])
-    if not len(pool): raise DiffDAError(f"The synthetic pool {pool.folder} is empty; a method that adds nothing cannot be compared.")
-    return pool
+    return SyntheticPool(folder/"pool", read_json(folder/"DONE")["images"])
 
 def array_of(what:str, key, n:int, read, size:int, store:Store):
     "The `n` images that `read(i)` gives as a uint8 array, a stage of its own; `key` stands for where they come from."
@@ -126,10 +127,10 @@ def record_of(run:Run, store:Store, progress=True) -> dict:
 
 def _train(run, split, pool, stage, folder, store, progress):
     r, k, m = run.recipe(len(split.train)), len(split.class_names), run.method
+    owners = pool_owners(pool, split.train.ids) if pool is not None else []
     arrays = {n: array_of(n, split.digest, len(s), s.read, r.resize, store)
               for n, s in (("train", split.train), ("val", split.val), ("test", split.test)) if s is not None}
-    images = [arrays["train"]] + ([array_of("pool", pool_stage(run, split).key, len(pool), pool.image, r.resize, store)] if pool else [])
-    owners = pool_owners(pool, split.train.ids) if pool else []
+    images = [arrays["train"]] + ([array_of("pool", pool_stage(run, split).key, len(pool), pool.image, r.resize, store)] if pool is not None else [])
     tests = {n: (arrays[n], getattr(split, n).labels) for n in ("test", "val") if n in arrays}
     net = new_classifier(r.classifier, k, r.init, run.seed)
     history = fit(net, images, label_matrix(split.train.labels, k, pool), owners, tests, r, utilize=m.utilize, p=m.p, kind=m.augment,
@@ -161,7 +162,7 @@ _RATES = {("nano", "pool"): 40, ("nano", "train"): 1500, ("paper", "pool"): 4, (
 
 def _images_seen(run, split):
     n, m = len(split.train), getattr(run.method.generate, "num_copies", 0)
-    return run.recipe(n).epochs*n*({"fc": 1 + m, "fr": m}.get(run.method.utilize, 1) if m else 1)
+    return run.recipe(n).epochs*epoch_size(run.method.utilize, n, m*n)
 
 def as_row(record:dict, run:Run) -> dict:
     "One flat row of the results table from a record."

@@ -271,7 +271,7 @@ def test_an_unwritable_store(tmp_path):
 def test_names(args, says):
     with pytest.raises(DiffDAError, match=says): plan(*args)
 
-@pytest.mark.parametrize("changes, says", [(dict(stength=.5), "no setting 'stength'"), (dict(strength=0.), "strength lies in"), (dict(p=1.5), "found 1.5"), (dict(utilize="xx"), "utilization strategy"),
+@pytest.mark.parametrize("changes, says", [(dict(stength=.5), "Unknown setting 'stength': did you mean strength"), (dict(strength=0.), "strength lies in"), (dict(p=1.5), "found 1.5"), (dict(utilize="xx"), "utilization strategy"),
                                            (dict(equal="time"), "equal"), (dict(augment="mixap"), "did you mean mixup"), (dict(strength=.1, num_inference_steps=5), "0 steps")])
 def test_settings(changes, says):
     with pytest.raises(DiffDAError, match=says): plan(["real-guidance"], [TASK], **changes)
