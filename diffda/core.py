@@ -154,11 +154,12 @@ def resumable(n_steps:int, step, state:dict, path, every_s:float=15, desc:str=""
         try: saved = torch.load(path, map_location="cpu", weights_only=True); history = saved.pop("history")
         except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as e: raise DiffDAError(f"Checkpoint {path} is damaged; delete it and run again: this training starts anew, all else is kept.") from e
         for name, obj in state.items(): obj.load_state_dict(saved[name])
-    last = time.time()
+    last, took = time.time(), 0.
     for i in tqdm(range(len(history), n_steps), desc=desc, initial=len(history), total=n_steps,
                   disable=not progress, mininterval=10, leave=False):
         history.append(step(i))
-        if time.time() - last > every_s or i == n_steps - 1:
+        if time.time() - last > every_s*max(1, took) or i == n_steps - 1:                # a large state is saved less often
+            began = time.time()
             with writing(path) as temp: torch.save({**{k: v.state_dict() for k, v in state.items()}, "history": history}, temp)
-            last = time.time()
+            last = time.time(); took = last - began
     return history

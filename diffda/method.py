@@ -11,9 +11,10 @@ import dataclasses, importlib, pkgutil
 from .core import DiffDAError, lookup
 
 # %% ../nbs/04_method.ipynb #527fcada
-STRATEGIES = {"fc": "full concatenation", "fr": "full replacement", "lrr": "local random replacement", "grr": "global random replacement"}
+STRATEGIES = {"fc": "full concatenation", "fr": "full replacement", "lrr": "local random replacement", "grr": "global random replacement",
+              "rsp": "real-synthetic probability", "two-phase": "full concatenation, then real images only"}
 AUGMENTS = ("standard", "mixup", "cutmix", "randaugment")
-_OWN = ("utilize", "p", "augment")
+_OWN = ("finetune", "utilize", "p", "second", "augment")
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -23,14 +24,16 @@ class Method:
     finetune: object = None
     generate: object = None
     utilize: str = "fc"               # a key of STRATEGIES
-    p: float = 0.5                    # probability of replacement, for "lrr" and "grr"
+    p: float = 0.5                    # probability of a synthetic image, for "lrr", "grr" and "rsp"
+    second: tuple = (.25, .1)         # second phase of "two-phase": its share of the epochs, its learning rate as a share of the first's
     augment: str = "standard"         # one of AUGMENTS
     overrides: dict = dataclasses.field(default_factory=dict)    # {family or task name: {setting: value}}
 
     @property
     def settings(self) -> tuple:
         "Names of what `at` can change."
-        return _OWN + (tuple(f.name for f in dataclasses.fields(self.generate)) if self.generate else ())
+        tuned = [f"{type(p).__name__}.{f.name}" for p in (self.finetune.parts if self.finetune else ()) for f in dataclasses.fields(p)]
+        return _OWN + (tuple(f.name for f in dataclasses.fields(self.generate) if f.init) if self.generate else ()) + tuple(tuned)
 
     @property
     def parts(self) -> dict:
@@ -46,15 +49,20 @@ class Method:
         return dataclasses.replace(self._set(settings), overrides={})
 
     def _set(self, settings):
-        own, part = {}, {}
+        own, part, tune = {}, {}, {}
         for k, v in settings.items():
             if k in _OWN: own[k] = v
-            elif k in self.settings: part[k] = v
-            elif self.generate: raise DiffDAError(f"Method {self.name!r} has no setting {k!r}; it has: {', '.join(sorted(self.settings))}.")
-        m = dataclasses.replace(self, **own, **({"generate": dataclasses.replace(self.generate, **part)} if part else {}))
+            elif k not in self.settings:
+                if self.generate: raise DiffDAError(f"Method {self.name!r} has no setting {k!r}; it has: {', '.join(sorted(self.settings))}.")
+            elif "." in k: tune.setdefault(k.split(".")[0], {})[k.split(".")[1]] = v
+            else: part[k] = v
+        if part: own["generate"] = dataclasses.replace(self.generate, **part)
+        if tune: own["finetune"] = Chain(tuple(dataclasses.replace(f, **tune.get(type(f).__name__, {})) for f in own.get("finetune", self.finetune).parts))
+        m = dataclasses.replace(self, **own)
         lookup(m.utilize, STRATEGIES, "utilization strategy")
         lookup(m.augment, dict.fromkeys(AUGMENTS), "augmentation")
         if not 0 <= m.p <= 1: raise DiffDAError(f"p is the probability of replacement and lies in [0, 1]; found {m.p}.")
+        if not (0 < m.second[0] < 1 and m.second[1] > 0): raise DiffDAError(f"second is (share of the epochs in (0, 1), learning rate above 0); found {m.second}.")
         return m
 
 # %% ../nbs/04_method.ipynb #2b4e44b7
@@ -63,8 +71,8 @@ class FineTune:
 
         train(self, split, backbone, previous, folder, seed) -> counts
 
-    which leaves in `folder` what it learned in diffusers' own formats (learned_embeds.safetensors,
-    pytorch_lora_weights.safetensors), together with what it takes over from `previous`, the folder of the part before it or None."""
+    which leaves in `folder` what it learned in diffusers' own formats (learned_embeds.safetensors with tokens.json,
+    pytorch_lora_weights.safetensors, unet/), together with what it takes over from `previous`, the folder of the part before it or None."""
     @property
     def parts(self) -> tuple: return (self,)
     def __rshift__(self, other): return Chain(self.parts + other.parts)

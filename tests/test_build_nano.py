@@ -194,6 +194,156 @@ def test_words_can_be_added(tmp_path):
     from transformers import CLIPTokenizer
     assert CLIPTokenizer.from_pretrained(tmp_path/"again")("a photo of <thing>").input_ids == ids
 
+# edits
+
+def test_edits_are_nine_looks_that_keep_the_shape():
+    x = bn.to_rgb32(np.load(NANO_WORLD/"data"/"fashion.npz")["pool_images"][:6])
+    looks = {k: f(x, core.generator_for(0)) for k, f in bn.EDITS.items()}
+    assert list(looks) == ["autumn", "snowy", "watercolor art", "sunset", "rainbow", "aurora", "mosaic", "ukiyo-e", "a sketch with crayon"]
+    for k, y in looks.items():
+        assert y.shape == x.shape and 0 <= y.min() and y.max() <= 1, k
+        assert torch.equal(y, bn.EDITS[k](x, core.generator_for(0))) and correlation(x, y).abs().min() > .4, k
+    names = list(looks)
+    assert all((looks[a] - looks[b]).abs().mean() > .05 for i, a in enumerate(names) for b in names[:i])
+    flat = torch.full((1, 3, 32, 32), .5)
+    assert all(torch.isfinite(f(flat, core.generator_for(0))).all() for f in bn.EDITS.values())
+
+def correlation(x, y):
+    a, b = (v.mean(1).flatten(1).numpy() for v in (x, y))
+    return torch.tensor([np.corrcoef(p, q)[0, 1] for p, q in zip(a, b)])
+
+def test_edit_pairs_belong_together():
+    images = torch.from_numpy(np.pad(np.load(NANO_WORLD/"data"/"fashion.npz")["pool_images"][:30], ((0, 0), (2, 2), (2, 2))))
+    x, y, style = bn.edit_pairs(images, 10, 3)
+    assert x.shape == (10, 3, 32, 32) and y.shape == (30, 3, 32, 32) and x.dtype == y.dtype == torch.uint8 and all(len(set(s)) == 3 for s in style.view(10, 3).tolist())
+    for i, s in enumerate(style.tolist()):
+        if list(bn.EDITS)[s] in ("autumn", "sunset", "rainbow"):                                 # those without chance
+            made = list(bn.EDITS.values())[s](x[i//3][None].float()/255, None)
+            assert (made*255 - y[i]).abs().max() < 12                                             # the edit was made before the source was rounded
+    assert all(torch.equal(a, b) for a, b in zip(bn.edit_pairs(images, 10, 3), (x, y, style)))
+
+def test_a_widened_network_does_what_it_did():
+    with core.seeded("widened"): net = bn.new_unet((16, 32)).eval()
+    wide, g = bn.widened(net).eval(), core.generator_for(0)
+    z, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 5, 128, generator=g)
+    with torch.no_grad(): assert torch.allclose(wide(torch.cat([z, torch.randn(2, 4, 8, 8, generator=g)], 1), 7, text).sample, net(z, 7, text).sample, atol=1e-5)
+
+def test_a_consistency_function_ends_where_it_begins_at_time_zero():
+    from diffusers import LCMScheduler
+    ac, z = bn.new_scheduler().alphas_cumprod, torch.randn(2, 4, 8, 8, generator=core.generator_for(0))
+    class Net:
+        def __call__(self, z, t, text): return type("Out", (), {"sample": .3*z})
+    assert torch.allclose(bn.consistent(Net(), z, torch.tensor([0, 0]), None, ac), z)
+    theirs = LCMScheduler.from_config(bn.new_scheduler().config)
+    theirs.set_timesteps(4)
+    for i in range(4): expected = theirs.step(.3*z, t := theirs.timesteps[i], z).denoised; theirs._step_index = None; assert torch.allclose(bn.consistent(Net(), z, t.expand(2), None, ac), expected, atol=1e-4)
+
+@pytest.mark.parametrize("what", ["editor", "lcm"])
+def test_interrupted_fine_tuning_resumes(what, tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors.torch import load_file
+    from transformers import CLIPTextModel, CLIPTokenizer
+    monkeypatch.setattr(bn, "text_states", lambda e, t, captions: (torch.randn(2, 5, 128, generator=core.generator_for(0)), torch.ones(len(captions), dtype=torch.long)))
+    base = NANO_WORLD/"generator"
+    vae, unet = AutoencoderKL.from_pretrained(base/"vae"), UNet2DConditionModel.from_pretrained(base/"unet")
+    images, y = torch.from_numpy(np.pad(np.load(NANO_WORLD/"data"/"fashion.npz")["pool_images"][:12], ((0, 0), (2, 2), (2, 2)))), {}
+    run = {"editor": lambda f: bn.train_editor(images, unet, vae, None, None, f, steps=3, batch=2, sources=6),
+           "lcm": lambda f: bn.train_lcm(images, ["a photo"]*12, unet, vae, None, None, f, steps=3, batch=2, sources=6)}[what]
+    for name, stops in (("whole", (None,)), ("stopped", (1, 2, None))):
+        (tmp_path/name).mkdir()
+        for at in stops:
+            monkeypatch.setattr(bn, "resumable", stopped(at))
+            if at is None: y[name] = run(tmp_path/name)
+            else:
+                with pytest.raises(KeyboardInterrupt): run(tmp_path/name)
+    a, b = (load_file(next(p for p in (tmp_path/n).rglob("*.safetensors"))) for n in ("whole", "stopped"))
+    assert y["whole"] == y["stopped"] and a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+# the shipped editor, few-step LoRA and judge
+
+def test_shipped_editor_opens_in_plain_diffusers_and_edits():
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+    pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(NANO_WORLD/"editor")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.unet.config.in_channels == 8 and type(pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    x = torch.cat([bn.to_rgb32(np.load(NANO_WORLD/"data"/f"{n}.npz")["pool_images"][:3]) for n in ("fashion", "digits")])
+    looks = {s: pipe([bn.INSTRUCTION.format(s)]*len(x), image=x, num_inference_steps=12, guidance_scale=4., image_guidance_scale=1.5, output_type="pt",
+                     generator=[core.generator_for("t", i) for i in range(len(x))]).images for s in bn.EDITS}
+    for s, y in looks.items(): assert correlation(x, y).abs().mean() > .4, s
+    names, rule = list(looks), {s: f(x, core.generator_for(0)) for s, f in bn.EDITS.items()}
+    assert all((looks[a] - looks[b]).abs().mean() > .04 for i, a in enumerate(names) for b in names[:i])
+    colour = lambda y: y.mean((0, 2, 3))
+    nearest = [min(names, key=lambda r: (colour(looks[s]) - colour(rule[r])).norm()) for s in names]
+    assert sum(a == b for a, b in zip(names, nearest)) >= 6                                # it paints in the colours of the style that it is asked for
+
+def test_every_weight_of_the_shipped_lora_arrives():
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import load_file
+    pipe, path = StableDiffusionPipeline.from_pretrained(NANO_WORLD/"generator"), NANO_WORLD/"lcm"/"pytorch_lora_weights.safetensors"
+    pipe.load_lora_weights(NANO_WORLD/"lcm")
+    there = {k.replace(".default_0.", "."): v for k, v in pipe.unet.state_dict().items() if "lora_" in k}
+    stored = {k.removeprefix("unet."): v for k, v in load_file(path).items()}
+    assert there.keys() == stored.keys() and all(torch.equal(v, stored[k].float()) for k, v in there.items())
+    assert any("attn2.to_k" in k for k in there) and any("conv1" in k for k in there) and path.stat().st_size < 500_000
+
+def test_shipped_lora_needs_neither_many_steps_nor_guidance():
+    "Five steps without guidance, from images of another class: the LoRA reaches the class that the prompt names, the solver often does not."
+    from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline
+    from diffda.nano import reference_share
+    pipe, names, share = StableDiffusionImg2ImgPipeline.from_pretrained(NANO_WORLD/"generator"), [n for n in bn.FASHION for _ in range(4)], {}
+    pipe.set_progress_bar_config(disable=True)
+    d = dict(np.load(NANO_WORLD/"data"/"fashion.npz"))
+    others = bn.to_rgb32(np.concatenate([d["pool_images"][d["pool_labels"] == (c + 5)%10][:4] for c in range(10)]))
+    for kind in ("solver", "lora"):
+        if kind == "lora": pipe.load_lora_weights(NANO_WORLD/"lcm"); pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+        images = pipe([f"a photo of {n}" for n in names], image=others, strength=.9, num_inference_steps=5, guidance_scale=1., generator=[core.generator_for(i) for i in range(len(names))]).images
+        share[kind] = reference_share(images, names)
+    assert share["lora"] > 80 and share["lora"] > share["solver"] + 15, share
+
+@pytest.mark.parametrize("task", ["nano-fashion", "nano-digits-1", "nano-outlines-1", "nano-scans-5", "nano-stains-10"])
+def test_judge_knows_the_real_images(task):
+    from diffda.data import get_task, load_dataset
+    from diffda.nano import reference_share
+    ds, task = load_dataset(get_task(task)), get_task(task)
+    some = range(0, len(ds.test), len(ds.test)//200)
+    names = [ds.class_names[ds.test.labels[i]] for i in some]
+    assert reference_share([ds.test.read(i) for i in some], names, task.dataset) > {"nano-fashion": 82, "nano-stains-10": 70}.get(task.name, 95)
+    wrong = [ds.class_names[(ds.test.labels[i] + 1)%len(ds.class_names)] for i in some]
+    assert reference_share([ds.test.read(i) for i in some], wrong, task.dataset) < 15
+
+def test_judge_chooses_among_the_classes_of_the_task():
+    from diffda.nano import judged_classes, reference_share
+    assert judged_classes("nano/digits") == judged_classes("nano/outlines") == {n: 15 + i for i, n in enumerate(bn.DIGITS[5:])}
+    assert judged_classes("nano/stains") == {n: 20 + i for i, n in enumerate(bn.DIGITS)} and list(judged_classes()) == list(bn.KNOWN) and judged_classes("Caltech101") == {}
+    assert all(bn.JUDGED[i] == n for d in (None, "nano/fashion", "nano/digits", "nano/scans") for n, i in judged_classes(d).items())
+    im = nano_dataset("digits").test.read(0)
+    assert np.isnan(reference_share([im], ["sandal"], "nano/digits")) and np.isnan(reference_share([im], ["five"], "Caltech101"))
+
+# captions from measurements
+
+def test_attributes_by_hand():
+    x = torch.zeros(8, 3, 32, 32)
+    for i in range(8): x[i, :, 8:24, 14-i//2:18+i//2] = .3 + .08*i                      # wider and brighter
+    words = bn.attributes(x)
+    assert words[0] == ["dark", "narrow"] and words[7] == ["bright", "wide"] and words[4] == []
+    slanted = torch.stack([torch.eye(32).expand(3, 32, 32), torch.eye(32).flip(1).expand(3, 32, 32)])
+    assert bn.attributes(slanted)[0][-1] == "left-leaning" and bn.attributes(slanted)[1][-1] == "right-leaning"
+    assert bn.attributes(1 - slanted)[0][-1] == "left-leaning"                             # dark on light leans to the same side
+    assert bn.attributes(slanted[:1]) == [[]]
+
+@pytest.mark.parametrize("task", ["nano-digits-1", "nano-fashion", "nano-stains-10"])
+def test_captions_of_training_images(task):
+    from diffda.data import get_split
+    from diffda.nano import captions
+    split = get_split(task, 0)
+    texts, known = captions(split), {"bright", "dark", "wide", "narrow", "left-leaning", "right-leaning"}
+    assert len(texts) == len(split.train) and texts == captions(split)
+    for text, label in zip(texts, split.train.labels):
+        head, rest = text.split(".")
+        assert head == f"This is an image of {split.class_names[label]}" and set(rest.strip().split(", ")) - {""} <= known
+    assert len({t.split(".")[1] for t in texts}) > 2
+    assert captions(split, [f"<{i}>" for i in range(len(split.class_names))])[0].startswith("This is an image of <0>.")
+
 # latents
 
 def test_centred_latents_are_standard_and_reconstruct_the_same():
@@ -245,9 +395,11 @@ def built(sources, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as m:
         m.setattr(bn, "small_sources", made_up_small_sources)
-        for name, few in (("train_vae", dict(steps=3, batch=8)), ("train_clip", dict(steps=2, batch=8)), ("train_unet", dict(steps=2, batch=8)), ("train_net", dict(epochs=1))):
+        for name, few in (("train_vae", dict(steps=3, batch=8)), ("train_clip", dict(steps=2, batch=8)), ("train_unet", dict(steps=2, batch=8)), ("train_net", dict(epochs=1)),
+                          ("train_editor", dict(steps=2, batch=8, sources=20)), ("train_lcm", dict(steps=2, batch=8, sources=20)), ("train_judge", dict(epochs=1)),
+                          ("quality", dict(per_class=1, scales=(1., 3.), steps=2)), ("few_steps", dict(per_class=1, steps=(2,))), ("edit_quality", dict(steps=2))):
             m.setattr(bn, name, functools.partial(getattr(bn, name), **few))
-        m.setattr(bn, "quality", functools.partial(bn.quality, per_class=1, scales=(1., 3.), steps=2))
+        m.setattr(bn, "JUDGE_COPIES", {"outlines": (10, 1), "scans": (20, 1)})
         report = bn.build(folder/"out", Store(folder/"store"), sources)
         begun = []
         resumable = core.resumable
@@ -277,8 +429,19 @@ def test_a_build_has_all_the_parts(built):
     assert sum(f.stat().st_size for f in out.rglob("*.safetensors")) < 25*2**20
     shipped = {n: dict(np.load(out/"data"/f"{n}.npz")) for n in ("fashion", "digits", "scans")}
     assert len(shipped["fashion"]["pool_images"]) == 3000 and len(shipped["digits"]["test_images"]) == 50
+    assert set(report["few_steps"]) == {"2 from text", "2 from an image of another class, strength 0.9"} and set(report["editor"]) == set(bn.EDITS) and (out/"samples-editor.png").exists()
+    assert set(report["classifiers"]) == {"nano-known", "nano-fashion", "nano-judge"} and set(report["classifiers"]["nano-judge"]["accuracy"]) == {"outlines", "scans"}
     assert set(report["recognised"]) == {"1", "3"} and set(report["recognised"]["1"]["per_class"]) == set(bn.KNOWN) and report["guidance_scale"] in (1., 3.)
     assert json.loads((out/"quality.json").read_text())["guidance_scale"] == report["guidance_scale"]
+
+def test_a_build_ends_in_an_editor_and_a_few_step_lora(built):
+    from PIL import Image
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+    out = built[0]
+    pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(out/"editor")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("autumn", image=Image.new("RGB", (32, 32)), num_inference_steps=2).images[0].size == (32, 32)
+    assert "_name_or_path" not in (out/"editor"/"unet"/"config.json").read_text() and (out/"lcm"/"pytorch_lora_weights.safetensors").exists()
 
 def test_a_second_build_trains_nothing_and_says_the_same(built):
     assert built[3] == [] and built[2] == built[1]

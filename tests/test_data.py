@@ -216,7 +216,7 @@ def test_nano_images_are_framed_or_enlarged():
     expected = torch.nn.functional.interpolate(torch.from_numpy(y)[None, None].float(), size=32, mode="bilinear", align_corners=False)[0, 0].numpy()
     assert np.abs(np.asarray(nano_image(y))[..., 0] - expected).max() <= 1          # PIL rounds twice, once per axis
 
-@pytest.mark.parametrize("name, k, per_class", [("fashion", 10, 300), ("digits", 5, 100), ("scans", 10, 90)])
+@pytest.mark.parametrize("name, k, per_class", [("fashion", 10, 300), ("digits", 5, 100), ("scans", 10, 90), ("outlines", 5, 100), ("stains", 10, 90)])
 def test_embedded_data(name, k, per_class):
     ds = data.nano_dataset(name)
     assert ds.class_names == NANO_CLASSES[name] and len(ds.class_names) == k
@@ -232,3 +232,35 @@ def test_scans_are_scikit_learns():
             j = int(part.ids[i].rsplit("-", 1)[1])
             assert part.labels[i] == d.target[j] and np.array_equal(np.asarray(part.read(i)), np.asarray(nano_image((d.images[j]*255/16).round().astype(np.uint8))))
     assert len(ds.train) + len(ds.test) == len(d.target) == len(set(ds.train.ids + ds.test.ids))
+
+@pytest.mark.parametrize("name, base", [("outlines", "digits"), ("stains", "scans")])
+def test_views_show_the_same_data_otherwise(name, base):
+    view, ds = data.nano_dataset(name), data.nano_dataset(base)
+    assert view.class_names == ds.class_names and view.train.labels.tolist() == ds.train.labels.tolist() and len(view.test) == len(ds.test)
+    assert [i.replace(name, base) for i in view.train.ids] == ds.train.ids and not set(view.train.ids) & set(ds.train.ids)
+    for i in (0, 7, 99):
+        a, b = np.asarray(view.train.read(i)), np.asarray(ds.train.read(i))
+        assert a.shape == b.shape and np.array_equal(a, np.asarray(view.train.read(i))) and np.abs(a.astype(int) - b).mean() > 15
+        assert view.train.mark(i) == view.train.mark(i) != ds.train.mark(i) and view.train.mark(i) != view.train.mark(i + 1)
+
+def test_outlines_are_what_a_3x3_maximum_adds():
+    x = torch.from_numpy(np.array(data.nano_dataset("digits").train.read(3))).permute(2, 0, 1)[None].float()
+    ring = torch.nn.functional.max_pool2d(x, 3, 1, 1) - x
+    assert torch.equal(ring[0].permute(1, 2, 0).byte(), torch.from_numpy(np.array(data.nano_dataset("outlines").train.read(3))))
+
+def test_stains_are_the_same_pixels_everywhere():
+    "A digest of one image of each class, made where the split files were made; and the digit is still the darkest thing on average."
+    ds, scans = data.nano_dataset("stains"), data.nano_dataset("scans")
+    h = hashlib.sha256(b"".join(ds.train.read(i).tobytes() for i in range(0, 900, 90))).hexdigest()
+    assert h[:16] == "b8f6bd53910f4091"
+    inside, outside = [], []
+    for i in range(0, 900, 30):
+        v, ink = np.asarray(ds.train.read(i)).mean(2), np.asarray(scans.train.read(i))[..., 0]
+        inside.append(v[ink > 200].mean()); outside.append(v[ink < 30].mean())
+    assert np.mean(outside) - np.mean(inside) > 25
+
+def test_tasks_of_the_views():
+    a, b = get_task("nano-outlines-1"), get_task("nano-stains-50")
+    assert (a.family, a.metaclass, a.counterpart) == ("fine-grained", "outline", "Aircraft 1-shot") and a.recipe == get_task("nano-digits-1").recipe
+    assert (b.family, b.medium, b.counterpart, b.shots, b.val_per_class) == ("medical", "a stained image", "Skin 50/class", 50, 10)
+    assert NANO_CLASSES["outlines"] == ["five", "six", "seven", "eight", "nine"]

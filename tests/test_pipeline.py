@@ -187,14 +187,14 @@ def test_estimate_counts_stages(full, capsys):
 @dataclasses.dataclass(frozen=True)
 class Softened(SDEdit):
     "SDEdit whose images count for a quarter as the class after their own."
-    def rows(self, split, backbone, seed):
+    def rows(self, split, *args):
         k = len(split.class_names)
-        return [{**r, "label_weights": [{"label": r["label"], "weight": .75}, {"label": (r["label"] + 1)%k, "weight": .25}]} for r in super().rows(split, backbone, seed)]
+        return [{**r, "label_weights": [{"label": r["label"], "weight": .75}, {"label": (r["label"] + 1)%k, "weight": .25}]} for r in super().rows(split, *args)]
 
 @dataclasses.dataclass(frozen=True)
 class Nothing(SDEdit):
     "A part that makes no image."
-    def rows(self, split, backbone, seed): return []
+    def rows(self, *args): return []
 
 @pytest.mark.parametrize("utilize", ["grr", "fc"])
 def test_synthetic_images_come_with_the_labels_of_their_own_rows(tmp_path, monkeypatch, utilize):

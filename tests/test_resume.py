@@ -13,14 +13,15 @@ PROGRAM = '''
 import dataclasses, functools, os, sys
 import diffusers, transformers
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
-from diffda import pipeline, train
+from diffda import finetune, pipeline, train
 from diffda.data import get_task
-train.resumable = functools.partial(train.resumable, every_s=0)              # a checkpoint after every epoch
+train.resumable = finetune.resumable = functools.partial(train.resumable, every_s=0)              # a checkpoint after every epoch, every step
 task = dataclasses.replace(get_task("nano-scans-25"), shots=15, val_per_class=5)
 task = dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, epochs=6, evaluations=3))
 
 def work(store):
-    runs = pipeline.plan(["real-guidance"], [task], (0,), num_copies=2, strength=.5, num_inference_steps=4, utilize="fc")
+    short = {"TextualInversion.steps": 12, "DreamBoothLoRA.steps": 12}
+    runs = pipeline.plan(["diff-mix"], [task], (0,), num_copies=2, strength=.5, num_inference_steps=4, utilize="fc", **short)
     pipeline.run_all(runs, store, progress=False)
 
 print("ready", flush=True)
@@ -112,22 +113,24 @@ def same(store, undisturbed):
 
 def test_undisturbed_run_is_whole(undisturbed):
     store, found, _ = undisturbed
-    assert {k.split("/")[0] for k in found} == {"pool", "array", "train"} and sum(k.endswith("/DONE") for k in found) == 1 + 4 + 1
+    assert {k.split("/")[0] for k in found} == {"adaptation", "pool", "array", "train", "share"} and sum(k.endswith("/DONE") for k in found) == 2 + 1 + 4 + 1 + 1
 
 def test_killed_in_every_stage(worker, undisturbed, tmp_path):
     rng, store = np.random.default_rng(0), tmp_path
     images = lambda: {p: p.stat().st_mtime_ns for p in store.glob("pool/*/pool/images/**/*.png") if not p.name.startswith(".")}
     pngs = lambda: len(images())
-    state = lambda: ("generation" if pngs() and not list(store.glob("pool/*/DONE")) else
+    tuning = lambda: any(list(d.glob("checkpoint*.pt")) and not (d/"DONE").exists() for d in store.glob("adaptation/*"))
+    state = lambda: ("tuning" if tuning() else
+                     "generation" if pngs() and not list(store.glob("pool/*/DONE")) else
                      "decoding" if any(not (d/"DONE").exists() for d in store.glob("array/*")) else
                      "training" if list(store.glob("train/*/checkpoint.pt")) and not list(store.glob("train/*/DONE")) else None)
     hit, first = [], {}
-    for sign, wait in ((lambda: True, .5), ("generation", .3), (lambda: pngs() > 130, .2), ("decoding", .02), ("training", .3), ("training", .3)):
+    for sign, wait in ((lambda: True, .5), ("tuning", .3), ("tuning", .3), ("generation", .3), (lambda: pngs() > 130, .2), ("decoding", .02), ("training", .3), ("training", .3)):
         moment = (lambda s=sign: state() == s) if isinstance(sign, str) else sign
         assert attempt(worker, store, once(moment, rng.uniform(0, wait))) == 9, f"finished before it could be killed in {sign}"
         hit.append(state())
         if not first and list(store.glob("pool/*/DONE")): first = images()
-    assert {"generation", "decoding", "training"} <= set(hit) and len(first) == 300
+    assert {"tuning", "generation", "decoding", "training"} <= set(hit) and len(first) == 300
     assert attempt(worker, store, never) == 0
     same(store, undisturbed)
     assert images() == first                                             # a finished pool is not touched again
