@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDINGS', 'LORA', 'BACKBONES', 'TOKENS', 'TUNING', 'Backbone', 'nano_guidance', 'get_backbone', 'check_pipeline',
            'source_key', 'backbone_key', 'load_pipeline', 'load_editor', 'load_clip', 'precision', 'default_device',
-           'loading', 'quiet', 'encode', 'to_pixels', 'class_words', 'settled']
+           'loading', 'quiet', 'encode', 'to_pixels', 'widened', 'class_words', 'settled']
 
 # %% ../nbs/05_backbone.ipynb #f0434037
 import contextlib, dataclasses, functools
@@ -154,6 +154,16 @@ def to_pixels(image, resolution:int) -> torch.Tensor:
     "A PIL image as float (3, resolution, resolution) in [-1, 1]."
     im = image if image.size == (resolution, resolution) else image.resize((resolution, resolution), Image.BICUBIC)
     return torch.from_numpy(np.array(im)).permute(2, 0, 1).float()/127.5 - 1
+
+# %% ../nbs/05_backbone.ipynb #27b3fabb
+def widened(unet):
+    "A copy of `unet` that takes 8 channels; the weights of the 4 new ones are zero, so that at first it does what it did."
+    from diffusers import UNet2DConditionModel
+    net = UNet2DConditionModel.from_config({**unet.config, "in_channels": 8})
+    state = unet.state_dict()
+    state["conv_in.weight"] = torch.cat([state["conv_in.weight"], torch.zeros_like(state["conv_in.weight"])], 1)
+    net.load_state_dict(state)
+    return net
 
 # %% ../nbs/05_backbone.ipynb #73822f3a
 TOKENS = "tokens.json"          # {class name: the word that stands for it in prompts}, beside the embeddings of those words

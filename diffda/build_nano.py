@@ -8,11 +8,10 @@ __all__ = ['FASHION', 'DIGITS', 'KNOWN', 'IDX_DIRS', 'STYLES', 'EXTRA_WORDS', 'd
            'make_parts', 'to_rgb32', 'outline', 'blur', 'caption', 'captioned', 'jitter', 'build_tokenizer', 'autocast',
            'device', 'cosine', 'optimise', 'new_vae', 'grey_to_rgb', 'recolour', 'train_vae', 'centre', 'new_clip',
            'clip_pixels', 'tokens', 'train_clip', 'new_unet', 'new_scheduler', 'text_states', 'latents_of',
-           'train_unet', 'stretch', 'rgb', 'ramp', 'hue', 'tiles', 'snow', 'crayon', 'edit_pairs', 'widened',
-           'train_editor', 'consistent', 'train_lcm', 'train_net', 'real_images', 'in_styles', 'train_judge',
-           'save_net', 'load_half', 'save_pipeline', 'plain_config', 'classic_tokenizer', 'assemble', 'assemble_editor',
-           'load_net', 'quality', 'few_steps', 'edit_quality', 'save_data', 'defaults', 'build', 'finish',
-           'report_text']
+           'train_unet', 'stretch', 'rgb', 'ramp', 'hue', 'tiles', 'snow', 'crayon', 'edit_pairs', 'train_editor',
+           'consistent', 'train_lcm', 'train_net', 'real_images', 'in_styles', 'train_judge', 'save_net', 'load_half',
+           'save_pipeline', 'plain_config', 'classic_tokenizer', 'assemble', 'assemble_editor', 'load_net', 'quality',
+           'few_steps', 'edit_quality', 'save_data', 'defaults', 'build', 'finish', 'report_text']
 
 # %% ../nbs/13_build_nano.ipynb #eba40f41
 import dataclasses, gzip, hashlib, inspect, json, math, shutil, zlib
@@ -23,10 +22,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .backbone import widened
 from .core import (DiffDAError, Stage, Store, digest, generator_for, make_dir, read_json, resumable, seed_for, seeded,
                          write_json, write_text, writing)
-from .nano import attributes
-from .nano import attributes
 from .nano import attributes
 from .prompts import TEMPLATES
 
@@ -371,15 +369,6 @@ def edit_pairs(images, sources=6000, per_source=3, seed=0):
     edited = x.repeat_interleave(per_source, 0)
     for i, f in enumerate(EDITS.values()): edited[style == i] = f(edited[style == i], g)
     return *((y*255).round().to(torch.uint8) for y in (x, edited)), style
-
-def widened(unet):
-    "A copy of `unet` that takes 8 channels; the weights of the 4 new ones are zero, so that at first it does what it did."
-    from diffusers import UNet2DConditionModel
-    net = UNet2DConditionModel.from_config({**unet.config, "in_channels": 8})
-    state = unet.state_dict()
-    state["conv_in.weight"] = torch.cat([state["conv_in.weight"], torch.zeros_like(state["conv_in.weight"])], 1)
-    net.load_state_dict(state)
-    return net
 
 def train_editor(images, unet, vae, text_encoder, tokenizer, folder, steps=1200, batch=64, lr=1e-3, decay=.995, sources=6000, per_source=3, seed=0):
     "Train the editor's denoising network from the generator's `unet` on programmatic edits of uint8 images (n, 32, 32); save its moving average in `folder`."

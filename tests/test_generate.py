@@ -123,6 +123,57 @@ def test_what_is_the_same_is_computed_once(tmp_path, monkeypatch):
         for h in hooks: h.remove()
     assert sum(encoded) == 2 and sum(prompts) == 2
 
+# prompts, targets, labels and strengths
+
+NAMES = ("ant", "chair", "elephant", "man", "mango", "wheelchair", "woman", "or", "ant hill", "orange")           # names within names
+
+def test_soft_labels_share_target_and_source():
+    split = some(range(250), class_names=list(NAMES))
+    rows = SDEdit(target="any", label="soft", strength=.7, num_copies=4).rows(split, BACKBONES["nano"], 0)
+    for r in rows:
+        target, source = r["target_label"], r["source_label"]
+        weights = {p["label"]: p["weight"] for p in r["label_weights"]}
+        assert weights == ({target: 1.} if target == source else pytest.approx({target: .83666, source: .16334}, abs=1e-5))
+        assert r["label"] == target and r["prompt"] == f"a photo of {NAMES[target]}" and split.train.labels[split.train.ids.index(r["source_id"])] == source
+    counts = np.bincount([r["target_label"] for r in rows], minlength=10)
+    assert ((counts - 100)**2/100).sum() < 9 + 5*18**.5                                                           # uniform over all classes
+    assert abs(np.mean([r["target_label"] == r["source_label"] for r in rows]) - .1) < .04                        # the image's own among them
+
+def test_hard_labels_are_the_targets():
+    rows = SDEdit(target="any").rows(some(range(250)), BACKBONES["nano"], 0)
+    assert all(r["label_weights"] == [{"label": r["target_label"], "weight": 1.}] == [{"label": r["label"], "weight": 1.}] for r in rows)
+
+def test_each_image_draws_its_own_strength():
+    part = SDEdit(strength=[.25, .5, .75, 1], num_inference_steps=8, num_copies=4)
+    assert part == SDEdit(strength=(.25, .5, .75, 1.), num_inference_steps=8, num_copies=4)
+    rows = part.rows(some(range(250)), BACKBONES["nano"], 0)
+    for s, steps in ((.25, 2), (.5, 4), (.75, 6), (1., 8)): assert abs(sum(r["strength"] == s for r in rows) - 250) < 70 and all(r["steps"] == steps for r in rows if r["strength"] == s)
+
+def test_mixed_strengths_do_not_depend_on_batches(few, tmp_path):
+    part = SDEdit(strength=(.3, .9), num_inference_steps=4, num_copies=2, target="any")
+    a, b = (generate_pool(part, few, tmp_path/str(size), batch_size=size) for size in (64, 1))
+    assert distance(a, b) <= LEVELS and set(a.rows.strength) == {.3, .9}
+
+def test_learned_words_stand_for_the_names():
+    words = [f"<{i}>" for i in range(10)]
+    rows = SDEdit(prompt="article").rows(some((0, 30)), BACKBONES["nano"], 0, words)
+    assert {r["prompt"] for r in rows} == {"a photo of a <0>", "a photo of a <1>"}
+
+def test_medical_prompts_name_the_medium():
+    scans = get_split("nano-scans-5", 0)
+    assert SDEdit(prompt="medical").rows(scans, BACKBONES["nano"], 0)[0]["prompt"] == "a scan of zero"
+    with pytest.raises(DiffDAError, match="needs a medium"): SDEdit(prompt="medical").rows(some((0,)), BACKBONES["nano"], 0)
+
+def test_few_steps_by_the_consistency_lora(few, pool, tmp_path):
+    "Three steps are run where three are recorded, with weights that are not there afterwards."
+    part, calls = SDEdit(lcm=True, num_inference_steps=4, strength=.9, guidance_scale=1., num_copies=1), []
+    pipe = part.load(get_backbone("nano"), "cpu")
+    hook = pipe.unet.register_forward_hook(lambda *a: calls.append(1))
+    made = generate_pool(part, few, tmp_path/"lcm")
+    hook.remove()
+    assert len(calls) == made.rows.steps[0] == 3 and type(pipe.scheduler).__name__ == "LCMScheduler"
+    assert distance(generate_pool(PART, few, tmp_path/"again"), pool) <= LEVELS
+
 # what a pool says of itself
 
 def test_rows(few, pool):

@@ -225,6 +225,11 @@ def test_training_equals_plain_pytorch(tmp_path, untouched, n, n_syn, steps):
     assert [h["loss"] for h in history] == pytest.approx(losses, rel=1e-3)
     for (k, a), b in zip(net.state_dict().items(), expected.state_dict().values()): assert torch.allclose(a.float(), b.float(), atol=2e-3), k
 
+def test_two_phases_end_on_real_images(tmp_path):
+    "Four epochs of 10 + 15 images in batches of 8, then two of the 10 real ones."
+    _, history = run(tmp_path, recipe=dataclasses.replace(PLAIN, epochs=6), n=10, n_syn=15, seed=5, utilize="two-phase", second=(1/3, .1))
+    assert [h["steps"] for h in history] == [3]*4 + [2]*2
+
 def test_learning_rate_falls_along_a_half_cosine(tmp_path, monkeypatch):
     rates = []
     class Spy(torch.optim.SGD):

@@ -1,5 +1,5 @@
-"The four strategies by counting, and labels that belong to the image they stand beside."
-import json
+"The strategies by counting, and labels that belong to the image they stand beside."
+import json, math
 from collections import Counter
 
 import numpy as np, pytest, torch
@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffda.core import DiffDAError
 from diffda.generate import SyntheticPool
-from diffda.utilize import epoch_positions, label_matrix, own_synthetic, pool_owners
+from diffda.utilize import epoch_positions, epoch_size, label_matrix, own_synthetic, phase, pool_owners
 
 N, M = 40, 3
 OWNERS = np.random.default_rng(0).permutation(np.repeat(np.arange(N), M))         # in no particular order
@@ -29,6 +29,18 @@ def make_pool(folder, rows):
 def test_full_concatenation_shows_everything_once():
     assert sorted(epoch_positions("fc", OWNERS, N, .5, 0, 0)) == list(range(N + N*M))
 
+def test_two_phases():
+    "First all images along one cosine, then the real ones only, along a second one from a tenth of the rate."
+    plan = [phase("two-phase", e, 20) for e in range(20)]
+    assert [s for s, _ in plan] == ["fc"]*15 + [None]*5
+    assert [r for _, r in plan] == pytest.approx([.5 + .5*math.cos(math.pi*e/15) for e in range(15)] + [.1*(.5 + .5*math.cos(math.pi*e/5)) for e in range(5)])
+    assert [phase("two-phase", e, 2, (.01, 1.))[0] for e in (0, 1)] == ["fc", None] and phase("two-phase", 0, 1)[0] == "two-phase"        # each phase has an epoch, if there are two
+    assert sorted(epoch_positions("two-phase", OWNERS, N, .5, 0, 0)) == list(range(N + N*M))
+
+@pytest.mark.parametrize("strategy", ["fc", "fr", "lrr", "grr", "rsp", "two-phase"])
+def test_sizes_are_those_of_the_epochs(strategy):
+    assert epoch_size(strategy, N, N*M) == len(epoch_positions(strategy, OWNERS, N, .5, 0, 0)) and epoch_size(strategy, N, 0) == N
+
 def test_full_replacement_shows_synthetic_images_only():
     assert sorted(epoch_positions("fr", OWNERS, N, .5, 0, 0)) == list(range(N, N + N*M))
 
@@ -39,7 +51,7 @@ def test_without_a_pool_the_real_images_remain(strategy):
 def test_unknown_strategy():
     with pytest.raises(DiffDAError, match="Unknown utilization strategy 'grrr': did you mean"): epoch_positions("grrr", OWNERS, N, .5, 0, 0)
 
-@pytest.mark.parametrize("strategy", ["lrr", "grr"])
+@pytest.mark.parametrize("strategy", ["lrr", "grr", "rsp"])
 @pytest.mark.parametrize("p", [.1, .5, .7])
 def test_share_of_replaced_images_is_p(strategy, p):
     got = epochs(strategy, p)
@@ -49,7 +61,7 @@ def test_share_of_replaced_images_is_p(strategy, p):
     kept = got < N
     assert np.array_equal(got[kept], np.broadcast_to(np.arange(N), got.shape)[kept])      # a kept image stays in its place
 
-@pytest.mark.parametrize("strategy", ["lrr", "grr"])
+@pytest.mark.parametrize("strategy", ["lrr", "grr", "rsp"])
 def test_p_zero_and_one(strategy):
     assert np.array_equal(epochs(strategy, 0., 5), np.tile(np.arange(N), (5, 1)))
     assert (epochs(strategy, 1., 5) >= N).all()
@@ -73,7 +85,7 @@ def test_global_replacement_draws_from_the_whole_pool():
     expected = len(drawn)/(N*M)
     assert ((counts - expected)**2/expected).sum() < N*M + 5*(2*N*M)**.5
 
-@pytest.mark.parametrize("strategy", ["lrr", "grr"])
+@pytest.mark.parametrize("strategy", ["lrr", "grr", "rsp"])
 def test_draws_are_new_in_each_epoch_and_repeatable(strategy):
     a, b = epochs(strategy, .5, 20), epochs(strategy, .5, 20)
     assert np.array_equal(a, b) and len({tuple(r) for r in a}) == 20

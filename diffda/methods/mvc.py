@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..backbone import EMBEDDINGS, LORA, TOKENS, class_words, default_device, get_backbone, load_pipeline, quiet, settled
-from ..build_nano import widened
+from ..backbone import EMBEDDINGS, LORA, TOKENS, class_words, default_device, get_backbone, load_pipeline, quiet, settled, widened
 from ..core import DiffDAError, file_digest, generator_for, make_dir, read_json, seeded, write_json
 from ..finetune import Latents, finish, frozen, in_rounds, mirrored, strip, take_over, tune
 from ..generate import Generate, Studio, chosen, noise_for
