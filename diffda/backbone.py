@@ -56,7 +56,7 @@ def check_pipeline(source:str, kinds:tuple, what:str):
         raise DiffDAError(f"{folder} is not a diffusers pipeline: it has no model_index.json. Expected {what}"
                           + ("; the installation is incomplete, reinstall diffda or run `diffda build-nano`." if own else "."))
     try: kind = read_json(folder/"model_index.json").get("_class_name", "nothing")
-    except ValueError as e: raise DiffDAError(f"{folder}/model_index.json is damaged ({e}); get the checkpoint again.") from e
+    except (ValueError, AttributeError) as e: raise DiffDAError(f"{folder}/model_index.json is damaged ({e}); get the checkpoint again.") from e
     if kind not in kinds: raise DiffDAError(f"{folder} holds a {kind}; this method needs {what} ({kinds[0]}).")
 
 def _resolution(folder):
@@ -89,6 +89,8 @@ def load_pipeline(b:Backbone, device:str, adaptation:str=None, lcm:bool=False):
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2)
     names = []
     if adaptation:
+        if not unet and not any((Path(adaptation)/f).exists() for f in (EMBEDDINGS, LORA)):
+            raise DiffDAError(f"{adaptation} holds nothing that fine-tuning has learned: neither {EMBEDDINGS} nor {LORA} nor unet/. Give the folder of a finished fine-tuning.")
         with loading(b.name, adaptation):
             if (Path(adaptation)/EMBEDDINGS).exists():                   # diffusers takes one word per dictionary, and as many dictionaries as there are
                 pipe.load_textual_inversion([{token: rows} for token, rows in load_file(Path(adaptation)/EMBEDDINGS).items()])

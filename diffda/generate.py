@@ -15,8 +15,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .backbone import (BACKBONES, EMBEDDINGS, LORA, Backbone, backbone_key, class_words, default_device, encode, get_backbone, load_pipeline,
-                             settled)
-from .core import DiffDAError, file_digest, generator_for, lookup, make_dir, seed_for, write_text, writing
+                             settled, source_key)
+from .core import DiffDAError, digest, file_digest, generator_for, lookup, make_dir, seed_for, write_text, writing
 from .data import Split, read_image
 from .prompts import prompt_for
 
@@ -121,6 +121,8 @@ class SDEdit(Generate):
         super().__post_init__()
         s = tuple(map(float, self.strength)) if isinstance(self.strength, (list, tuple)) else float(self.strength)      # 1 and 1.0 are the same setting
         object.__setattr__(self, "strength", s)
+        if self.lcm and self.guidance_scale is None: object.__setattr__(self, "guidance_scale", 1.)       # what these LoRAs are made for
+        if not self.strengths: raise DiffDAError("strength is a number or a list of at least one; found an empty list.")
         lookup(self.target, {"same": 1, "any": 1}, "target"); lookup(self.label, {"hard": 1, "soft": 1}, "label rule")
         for s in self.strengths:
             if not 0 < s <= 1: raise DiffDAError(f"strength lies in (0, 1]; found {s}.")
@@ -200,6 +202,7 @@ def generate_pool(part, split:Split, folder, *, backbone="nano", seed:int=None, 
     seed = split.seed if seed is None else seed
     rows = part.rows(split, b, seed, class_words(split.class_names, adaptation))
     rows = [{**r, "adaptation": Path(adaptation).name if adaptation else None} for r in rows]
+    _claim(folder, digest([part, rows, backbone_key(b), adaptation and source_key(str(adaptation))]))
     batches = in_batches(rows, batch_size, part.group)
     mine = batches[shard[0]::shard[1]]
     todo = [r for r in mine if not all((folder/x["file_name"]).exists() for x in r)]
@@ -207,6 +210,13 @@ def generate_pool(part, split:Split, folder, *, backbone="nano", seed:int=None, 
     if not all((folder/r["file_name"]).exists() for r in rows): return None
     write_text(folder/"metadata.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     return SyntheticPool(folder, len(rows))
+
+def _claim(folder, made_of:str):
+    "Remember in `folder` what its images are made of; a folder that holds images of something else is an error."
+    mark = folder/".made-of"
+    if not mark.exists(): write_text(mark, made_of)
+    elif mark.read_text(encoding="utf-8") != made_of:
+        raise DiffDAError(f"{folder} holds images that were made with other settings, other real images or another generator; choose another folder, or empty this one.")
 
 def in_batches(rows, size:int, group:int=1) -> list:
     "Cut `rows` into batches of about `size`: groups stay whole, and images with the same number of steps come together."

@@ -59,6 +59,7 @@ class Method:
         if part: own["generate"] = dataclasses.replace(self.generate, **part)
         if tune: own["finetune"] = Chain(tuple(dataclasses.replace(f, **tune.get(type(f).__name__, {})) for f in own.get("finetune", self.finetune).parts))
         m = dataclasses.replace(self, **own)
+        object.__setattr__(m, "p", float(m.p))                              # 1 and 1.0 are the same setting
         lookup(m.utilize, STRATEGIES, "utilization strategy")
         lookup(m.augment, dict.fromkeys(AUGMENTS), "augmentation")
         if not 0 <= m.p <= 1: raise DiffDAError(f"p is the probability of replacement and lies in [0, 1]; found {m.p}.")

@@ -51,14 +51,16 @@ def plan(methods, tasks, seeds=(0, 1, 2), equal:str="epochs", epochs:int=None, *
     `epochs` replaces the recipe's number."""
     lookup(equal, {"epochs": 1, "steps": 1}, "way to compare (equal)")
     methods = [get_method(m) if isinstance(m, str) else m for m in methods]
+    tasks = [get_task(t) if isinstance(t, str) else t for t in tasks]
     given = methods if any(m.generate for m in methods) else [get_method(m) for m in list_methods()]
-    for k in changes: lookup(k, dict.fromkeys(s for m in given for s in m.settings), "setting")
+    for k in changes: lookup(k, dict.fromkeys(s for m in given for t in tasks for s in m.at(t).settings), "setting")
+    if epochs is not None and epochs < 1: raise DiffDAError(f"epochs is at least 1 (or not given: as the task's recipe says); found {epochs}.")
     runs = []
-    for t in tasks:
-        task = get_task(t) if isinstance(t, str) else t
+    for task in tasks:
         if epochs: task = dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, epochs=epochs))
         for m in methods:
-            method = m.at(task, **{k: v for k, v in changes.items() if k in m.settings})
+            method = m.at(task)                                            # an override may bring parts with settings of their own
+            method = method.at(task, **{k: v for k, v in changes.items() if k in method.settings})
             copies = getattr(method.generate, "num_copies", changes.get("num_copies") or 5)
             runs += [Run(method, task, int(s), equal, copies) for s in seeds]
     if not runs: raise DiffDAError("Nothing to run: methods, tasks and seeds must each name at least one.")
@@ -98,7 +100,12 @@ def adaptation_of(run:Run, split:Split, store:Store):
     folder = None
     for part, stage in adaptation_stages(run, split):
         before = folder
-        folder = store.run(stage, lambda f: part.train(split, run.task.backbone, before, f, run.seed))
+        def work(f):
+            counts = part.train(split, run.task.backbone, before, f, run.seed)
+            return {**counts, "files": sorted(p.relative_to(f).as_posix() for p in f.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".json") and p.name != "stage.json")}
+        folder = store.run(stage, work)
+        missing = [n for n in read_json(folder/"DONE").get("files", []) if not (folder/n).exists()]
+        if missing: raise DiffDAError(f"The fine-tuned weights in {folder} are incomplete: {missing[0]} is missing. Delete the folder and run again.")
     return folder
 
 def pool_of(run:Run, store:Store, split:Split=None, progress=True):
@@ -110,9 +117,13 @@ def pool_of(run:Run, store:Store, split:Split=None, progress=True):
     def work(folder):
         pool = generate_pool(run.method.generate, split, folder/"pool", backbone=run.task.backbone, seed=run.seed,
                              adaptation=str(adaptation) if adaptation else None, progress=progress)
-        return {"images": len(pool), "digest": pool.digest()}
+        return {"images": len(pool), "digest": pool.digest(), "rows": file_digest(pool.folder/"metadata.jsonl")}
     folder = store.run(stage, work)
-    return SyntheticPool(folder/"pool", read_json(folder/"DONE")["images"])
+    done = read_json(folder/"DONE")
+    pool = SyntheticPool(folder/"pool", done["images"])
+    if done.get("rows") not in (None, file_digest(pool.folder/"metadata.jsonl")):
+        raise DiffDAError(f"{pool.folder}/metadata.jsonl is not what was written there. {pool._mend}")
+    return pool
 
 def array_of(what:str, key, n:int, read, size:int, store:Store):
     "The `n` images that `read(i)` gives as a uint8 array, a stage of its own; `key` stands for where they come from."
@@ -120,7 +131,9 @@ def array_of(what:str, key, n:int, read, size:int, store:Store):
     def work(folder):
         write_array((read(i) for i in range(n)), n, size, folder/"images.npy")
         return {"images": n}
-    return np.load(store.run(stage, work)/"images.npy", mmap_mode="c")
+    folder = store.run(stage, work)
+    try: return np.load(folder/"images.npy", mmap_mode="c")
+    except (OSError, ValueError) as e: raise DiffDAError(f"{folder/'images.npy'} is damaged; delete {folder} and run again: it is made anew.") from e
 
 # %% ../nbs/10_pipeline.ipynb #8bdcf159
 def record_of(run:Run, store:Store, progress=True) -> dict:
@@ -131,7 +144,9 @@ def record_of(run:Run, store:Store, progress=True) -> dict:
         pool = pool_of(run, store, split, progress)
         store.run(stage, lambda folder: _train(run, split, pool, stage, folder, store, progress))
     folder = store.dir(stage)
-    try: return {**read_json(folder/"record.json"), "seconds": read_json(folder/"DONE")["seconds"]}
+    made = pool_stage(run, split)
+    here = {"pool": str(store.dir(made)/"pool") if made else None}                    # the store may have moved
+    try: return {**read_json(folder/"record.json"), "seconds": read_json(folder/"DONE")["seconds"], **here}
     except (OSError, ValueError, KeyError) as e:
         raise DiffDAError(f"The record in {folder} is missing or damaged; delete {folder/'DONE'} and run again: it is written anew from the last checkpoint.") from e
 

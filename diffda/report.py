@@ -415,8 +415,10 @@ def save_results(item:str, out, records:pd.DataFrame, table:pd.DataFrame, figure
     figures: name -> Figure."""
     folder = make_dir(Path(out).expanduser().absolute()/item)
     with writing(folder/"table.csv") as temp: table.to_csv(temp, index=False, float_format="%.6g", lineterminator="\n")
+    for old in folder.glob("*.png"):
+        if old.stem not in (figures or {}): old.unlink()                    # of an earlier run with other parameters
     for name, fig in (figures or {}).items():
         with writing(folder/f"{name}.png") as temp: fig.savefig(temp, dpi=150)
     write_json(folder/"claims.json", [_plain(dataclasses.asdict(v)) for v in verdicts])
-    write_text(folder/"records.jsonl", "".join(json.dumps(_plain(r), ensure_ascii=False) + "\n" for r in records.to_dict("records")))
+    write_text(folder/"records.jsonl", "".join(json.dumps(_plain(r), ensure_ascii=False) + "\n" for r in records[records["key"].notna() if "key" in records else slice(None)].to_dict("records")))
     return folder

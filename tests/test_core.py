@@ -13,6 +13,8 @@ class Part:
     strength: float = .5
     names: tuple = ("a", "b")
 
+Part.__module__ = "diffda.part"                  # as if it came with the package
+
 def sha(text): return hashlib.sha256(text.encode()).hexdigest()
 def files(folder): return sorted(p.name for p in Path(folder).iterdir())
 
@@ -37,6 +39,18 @@ def test_digest_golden():
 def test_digest_of_a_dataclass_names_its_class_and_fields():
     assert digest(Part()) == sha('{"class":"Part","names":["a","b"],"strength":0.5}')[:16]
     assert digest(Part()) != digest(Part(strength=.6))
+
+def written(body, value=2):
+    "A part as somebody writes it in a notebook."
+    space = {"dataclasses": dataclasses, "__name__": "__main__"}
+    exec(f"@dataclasses.dataclass(frozen=True)\nclass Mine:\n    value: int = {value}\n    def draw(self, x):\n        {body}", space)
+    return space["Mine"]()
+
+def test_the_code_of_a_part_from_outside_belongs_to_its_digest():
+    "A part that is being written is another one after each change; the same text is the same part."
+    assert digest(written("return x in {'a', 'b'}")) == digest(written("return x in {'a', 'b'}")) != digest(written("return x in {'a', 'c'}"))
+    assert len({digest(written(b)) for b in ("return x + 1", "return x + 2", "return x - 1", "return (lambda: x + 1)()", "return (lambda: x + 2)()")}) == 5
+    assert digest(written("return 1", 2)) != digest(written("return 1", 3))
 
 @pytest.mark.parametrize("obj", [{1, 2}, Path("/tmp"), object(), np.zeros(2), b"x", lambda: 0], ids=lambda o: type(o).__name__)
 def test_no_digest_of_what_depends_on_the_machine(obj):

@@ -252,6 +252,17 @@ def test_missing_images_are_made_anew_and_the_rest_is_kept(few, pool, tmp_path):
     after = [f.stat().st_mtime_ns for f in files]
     assert after[:6] == before[:6] and after[12:] == before[12:] and after[7] != before[7]
 
+def test_a_folder_with_other_images_is_refused(few, pool, tmp_path):
+    folder = shutil.copytree(pool.folder, tmp_path/"pool")
+    assert generate_pool(PART, few, folder, batch_size=7).digest() == pool.digest()                       # the same again is fine
+    for other in (dataclasses.replace(PART, strength=.9), dataclasses.replace(PART, prompt="article")):
+        with pytest.raises(DiffDAError, match="made with other settings"): generate_pool(other, few, folder)
+    with pytest.raises(DiffDAError, match="made with other settings"): generate_pool(PART, few, folder, seed=1)
+    assert SyntheticPool(folder).digest() == pool.digest()
+
+def test_an_adaptation_without_weights_is_refused(few, tmp_path):
+    with pytest.raises(DiffDAError, match="holds nothing that fine-tuning has learned"): generate_pool(PART, few, tmp_path/"pool", adaptation=str(tmp_path/"none"))
+
 # settings and checkpoints that cannot be
 
 @pytest.mark.parametrize("settings, says", [(dict(strength=.1, num_inference_steps=5), r"int\(0.1\*5\) = 0 steps.*at least 0.2"), (dict(strength=0.), r"strength lies in \(0, 1\]; found 0.0"),

@@ -9,7 +9,7 @@ from diffda.core import DiffDAError, Store, generator_for, make_dir
 from diffda.data import Recipe, get_split, get_task
 from diffda.generate import BACKBONES, LORA, SDEdit, SyntheticPool
 from diffda.method import FineTune, Method, get_method, list_methods
-from diffda.pipeline import adaptation_stages, as_row, plan, pool_of, pool_stage, record_of, run_all, train_stage
+from diffda.pipeline import adaptation_of, adaptation_stages, as_row, plan, pool_of, pool_stage, record_of, run_all, train_stage
 from diffda.train import batches
 
 TASK = dataclasses.replace(get_task("nano-scans-25"), shots=2, val_per_class=2)
@@ -230,12 +230,24 @@ def edit(folder, change):
 
 def kept(store): return {p: p.stat().st_mtime_ns for p in store.root.rglob("*") if p.is_file() and p.name in ("DONE", "record.json", "images.npy")}
 
-def test_a_pool_of_another_split_is_refused(copied):
+def test_altered_metadata_is_refused(copied):
     run, folder = of_grr(copied)
     before = kept(copied)
     edit(folder, lambda rows: [{**r, "source_id": "elsewhere-1"} if i == 7 else r for i, r in enumerate(rows)])
-    with pytest.raises(DiffDAError, match="holds 1 images made from images outside this split, first 'elsewhere-1'"): run_all([run], copied, progress=False)
+    with pytest.raises(DiffDAError, match="metadata.jsonl is not what was written there. Delete .*DONE and run again"): run_all([run], copied, progress=False)
     assert all(p.exists() and p.stat().st_mtime_ns == t for p, t in before.items())
+
+def test_a_store_can_be_moved(full, tmp_path):
+    store = Store(shutil.copytree(full[0].root, tmp_path/"elsewhere"))
+    run = plan(["real-guidance"], [TASK], (0,), **QUICK)[0]
+    pool = run_all([run], store, progress=False)["pool"][0]
+    assert Path(pool).is_relative_to(store.root) and len(SyntheticPool(pool))
+
+def test_incomplete_weights_are_refused(tmp_path):
+    store, run = Store(tmp_path), plan([toy("lora", ToyLoRA())], [TASK], (0,))[0]
+    folder = adaptation_of(run, get_split(TASK, 0), store)
+    (folder/LORA).unlink()
+    with pytest.raises(DiffDAError, match=f"{LORA} is missing. Delete the folder and run again"): adaptation_of(run, get_split(TASK, 0), store)
 
 def test_a_pool_with_another_number_of_rows_is_refused(copied):
     run, folder = of_grr(copied)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..backbone import encode, load_editor
 from ..core import DiffDAError, digest, generator_for, make_dir, write_json
-from ..data import IMAGE_ENDINGS, read_image
+from ..data import IMAGE_ENDINGS, _file_mark, read_image
 from ..generate import Generate, chosen
 from ..method import Method, register
 
@@ -134,7 +134,7 @@ class DiffuseMix(Generate):
     ramp: float = 20.0                # width of the seam, in pixels of an image of 256
     blend: float = 0.2                # share of the fractal
     fractals: str = None              # a folder of images; None: the fractals that diffda makes
-    fractals_key: str = dataclasses.field(default=None, init=False)      # names and sizes of the files in that folder
+    fractals_key: str = dataclasses.field(default=None, init=False)      # what the files in that folder hold
 
     uses = ("editor",)
 
@@ -144,8 +144,8 @@ class DiffuseMix(Generate):
         if not self.ramp >= 0: raise DiffDAError(f"ramp is a width and not below 0; found {self.ramp}.")
         if self.num_inference_steps is not None and self.num_inference_steps < 1: raise DiffDAError(f"num_inference_steps is at least 1; found {self.num_inference_steps}.")
         if self.fractals:
-            files = [Path(self.fractals).expanduser()/n for n in fractal_names(self.fractals)]
-            object.__setattr__(self, "fractals_key", digest([[f.name, f.stat().st_size] for f in files]))
+            root = Path(self.fractals).expanduser()
+            object.__setattr__(self, "fractals_key", digest([[n, _file_mark(root/n, (root/n).stat().st_mtime_ns)] for n in fractal_names(self.fractals)]))
 
     def load(self, b, device, adaptation=None):
         if adaptation: raise DiffDAError("DiffuseMix edits images with InstructPix2Pix and cannot use a fine-tuned generator; give the method no fine-tuning.")
