@@ -1,4 +1,7 @@
 "What several tests need."
+import os
+os.environ.setdefault("OMP_NUM_THREADS", "1")        # before torch: small tensors gain nothing from threads, and on a busy machine threads wait for each other
+
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
