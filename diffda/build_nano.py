@@ -686,18 +686,6 @@ def build(out="nano_world", store=None, sources=None) -> dict:
     unet = UNet2DConditionModel.from_pretrained(unet_dir)
     editor_dir = store.run(Stage("nano-editor", defaults(train_editor), (unet_stage.key,)), lambda f: train_editor(images, unet, vae, clip, tokenizer, f))/"unet"
     lcm_dir = store.run(Stage("nano-lcm", defaults(train_lcm), (unet_stage.key,)), lambda f: train_lcm(images, captions, unet, vae, clip, tokenizer, f))/"lcm"
-    clip, vae, unet = CLIPTextModel.from_pretrained(clip_dir), AutoencoderKL.from_pretrained(vae_dir), UNet2DConditionModel.from_pretrained(unet_dir)
-    editor_dir = store.run(Stage("nano-editor", defaults(train_editor), (unet_stage.key,)), lambda f: train_editor(images, unet, vae, clip, tokenizer, f))/"unet"
-    lcm_dir = store.run(Stage("nano-lcm", defaults(train_lcm), (unet_stage.key,)), lambda f: train_lcm(images, captions, unet, vae, clip, tokenizer, f))/"lcm"
-    clip, vae, unet = CLIPTextModel.from_pretrained(clip_dir), AutoencoderKL.from_pretrained(vae_dir), UNet2DConditionModel.from_pretrained(unet_dir)
-    editor_dir = store.run(Stage("nano-editor", defaults(train_editor), (unet_stage.key,)), lambda f: train_editor(images, unet, vae, clip, tokenizer, f))/"unet"
-    lcm_dir = store.run(Stage("nano-lcm", defaults(train_lcm), (unet_stage.key,)), lambda f: train_lcm(images, captions, unet, vae, clip, tokenizer, f))/"lcm"
-    clip, vae, unet = CLIPTextModel.from_pretrained(clip_dir), AutoencoderKL.from_pretrained(vae_dir), UNet2DConditionModel.from_pretrained(unet_dir)
-    editor_dir = store.run(Stage("nano-editor", defaults(train_editor), (unet_stage.key,)), lambda f: train_editor(images, unet, vae, clip, tokenizer, f))/"unet"
-    lcm_dir = store.run(Stage("nano-lcm", defaults(train_lcm), (unet_stage.key,)), lambda f: train_lcm(images, captions, unet, vae, clip, tokenizer, f))/"lcm"
-    clip, vae, unet = CLIPTextModel.from_pretrained(clip_dir), AutoencoderKL.from_pretrained(vae_dir), UNet2DConditionModel.from_pretrained(unet_dir)
-    editor_dir = store.run(Stage("nano-editor", defaults(train_editor), (unet_stage.key,)), lambda f: train_editor(images, unet, vae, clip, tokenizer, f))/"unet"
-    lcm_dir = store.run(Stage("nano-lcm", defaults(train_lcm), (unet_stage.key,)), lambda f: train_lcm(images, captions, unet, vae, clip, tokenizer, f))/"lcm"
     nets = {n: store.run(Stage("nano-net", {"name": n, **defaults(train_net)}, (data,)), lambda f: train_net(n, parts, f)) for n in ("nano-known", "nano-fashion")}
     nets["nano-judge"] = store.run(Stage("nano-judge", defaults(train_judge), (data,)), lambda f: train_judge(parts, f))
     return finish(out, parts, vae_dir, clip_dir, unet_dir, tok_dir, editor_dir, lcm_dir, nets)
@@ -705,14 +693,6 @@ def build(out="nano_world", store=None, sources=None) -> dict:
 def finish(out, parts, vae_dir, clip_dir, unet_dir, tok_dir, editor_dir, lcm_dir, nets) -> dict:
     "Put what the stages made into `out`, write data and card, and end with the report."
     assemble(vae_dir, clip_dir, unet_dir, tok_dir, out)
-    assemble_editor(editor_dir, out)
-    shutil.copytree(lcm_dir, out/"lcm", dirs_exist_ok=True)
-    assemble_editor(editor_dir, out)
-    shutil.copytree(lcm_dir, out/"lcm", dirs_exist_ok=True)
-    assemble_editor(editor_dir, out)
-    shutil.copytree(lcm_dir, out/"lcm", dirs_exist_ok=True)
-    assemble_editor(editor_dir, out)
-    shutil.copytree(lcm_dir, out/"lcm", dirs_exist_ok=True)
     assemble_editor(editor_dir, out)
     shutil.copytree(lcm_dir, out/"lcm", dirs_exist_ok=True)
     for n, folder in nets.items(): make_dir(out/"classifiers"); shutil.copy(folder/f"{n}.safetensors", out/"classifiers")
