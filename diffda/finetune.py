@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'tune', 'mirrored', 'cropped', 'Latents', 'captions', 'in_rounds', 'denoising', 'placeholders',
-           'check_captions', 'initial', 'Words', 'TextualInversion', 'DreamBoothLoRA', 'add_lora', 'frozen',
+           'check_captions', 'initial', 'Words', 'Budgeted', 'TextualInversion', 'DreamBoothLoRA', 'add_lora', 'frozen',
            'take_over', 'finish', 'samples', 'strip']
 
 # %% ../nbs/07_finetune.ipynb #8ee25d58
@@ -177,20 +177,30 @@ class Words(torch.nn.Module):
         old = F.embedding(ids.clamp(max=len(self.table) - 1), self.table)
         return torch.where(new[..., None], F.embedding(own.clamp(0, len(self.rows) - 1), self.rows), old)
 
-# %% ../nbs/07_finetune.ipynb #d3d72fdd
+# %% ../nbs/07_finetune.ipynb #56f92e5d
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextualInversion(FineTune):
-    "One new word per class (Gal et al., 2023), learned for all classes together."
+class Budgeted(FineTune):
+    "Base of the parts that are trained for a number of steps."
     steps: int = None                 # None, here and below: by generator and task, see backbone.settled
     lr: float = None
     batch_size: int = None
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "num_vectors", "rank", "crops", "num_embeddings"):
+            if (v := getattr(self, name, None)) is not None and v < 1: raise DiffDAError(f"{type(self).__name__}: {name} is at least 1; found {v}.")
+        for name in ("lr", "clip"):
+            if (v := getattr(self, name, None)) is not None and not v > 0: raise DiffDAError(f"{type(self).__name__}: {name} is above 0; found {v}.")
+        if (v := getattr(self, "hflip", None)) is not None and not 0 <= v <= 1: raise DiffDAError(f"{type(self).__name__}: hflip is a share in [0, 1]; found {v}.")
+
+# %% ../nbs/07_finetune.ipynb #d3d72fdd
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextualInversion(Budgeted):
+    "One new word per class (Gal et al., 2023), learned for all classes together."
     scale_lr: bool = False            # multiply lr by batch_size
     initializer: str = None           # a word of one token, or "class": the class's name
     num_vectors: int = 1              # tokens per class
     per_class: bool = False           # one run of `steps` steps for each class
     hflip: float = None               # share of mirrored images
-
-    def __post_init__(self): _check(self)
 
     def train(self, split, backbone:str, previous, folder, seed:int, progress:bool=True) -> dict:
         "Learn the words of the classes of `split`; leaves embeddings, tokens.json, loss.csv and samples.png in `folder`."
@@ -227,17 +237,12 @@ class TextualInversion(FineTune):
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")          # the layers that get a LoRA; the last two exist in newer networks only
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DreamBoothLoRA(FineTune):
+class DreamBoothLoRA(Budgeted):
     "A LoRA on the attention of the denoising network (Ruiz et al., 2023; Hu et al., 2022), on top of the words learned before."
-    steps: int = None                 # None, here and below: by generator and task, see backbone.settled
-    lr: float = None
-    batch_size: int = None
     scale_lr: bool = None             # multiply lr by batch_size
     rank: int = 8                     # also the alpha, so that the LoRA counts once
     clip: float = 1.0                 # largest norm of the gradient
     crops: int = 4                    # random squares of an image that is not square
-
-    def __post_init__(self): _check(self)
 
     def train(self, split, backbone:str, previous, folder, seed:int, progress:bool=True) -> dict:
         "Learn a LoRA on the images of `split`; leaves it in `folder` with what `previous` holds, loss.csv and samples.png."
@@ -278,13 +283,6 @@ def frozen(b:Backbone, previous=None):
 def _at_once(latents): return max(1, 16*64*64//(latents.shape[-2]*latents.shape[-1]))          # 16 images of 512 pixels in one pass, as the authors
 
 def _rate(part): return part.lr*(part.batch_size if part.scale_lr else 1)
-
-def _check(part):
-    for name, least in (("steps", 1), ("batch_size", 1), ("num_vectors", 1), ("rank", 1), ("crops", 1)):
-        if (v := getattr(part, name, None)) is not None and v < least: raise DiffDAError(f"{type(part).__name__}: {name} is at least {least}; found {v}.")
-    for name in ("lr", "clip"):
-        if (v := getattr(part, name, None)) is not None and not v > 0: raise DiffDAError(f"{type(part).__name__}: {name} is above 0; found {v}.")
-    if (v := getattr(part, "hflip", None)) is not None and not 0 <= v <= 1: raise DiffDAError(f"{type(part).__name__}: hflip is a share in [0, 1]; found {v}.")
 
 def take_over(previous, folder, names):
     "Copy those of `names` (files or folders) that the folder `previous` holds to `folder`."

@@ -15,7 +15,7 @@ from .core import Store
 from .data import get_split
 from .datasets.base import known_source, source_folder
 from .doctor import GIGABYTES, checkpoints_of, find_checkpoint, images_of
-from .pipeline import FALLBACK, adaptation_stages, images_drawn, images_seen, images_tuned, measured, pool_stage, steps_of, train_stage
+from .pipeline import FALLBACK, measured, part_name, stages_of, steps_of
 from .report import paper_values
 
 # %% ../nbs/16_jobs.ipynb #8d2a7f1c
@@ -42,22 +42,21 @@ def _hours(method, column, what):
     hit = t[(t.method == method) & (t.dataset.isin((column, "all"))) & (t.setting == what)]
     return float(hit.value.iloc[0]) if len(hit) else None
 
-def by_table17(kind:str, run, n_real:int, part=None, work:float=None) -> float:
-    "GPU-hours of one stage by the paper's Table 17; of fine-tuning, `part` and `work`, the images shown."
+def by_table17(kind:str, run, n_real:int, part, work:float) -> float:
+    "GPU-hours of one stage of `run` by the paper's Table 17: `part` is the stage's own, `work` the images that it is shown (see pipeline.stages_of)."
     column = run.task.counterpart if run.task.counterpart in _TABLE17 else _ALIKE.get(run.task.counterpart, "Caltech-101")
     if kind == "adaptation":
         words, both = _hours("da-fusion", column, "FT"), _hours("diff-aug", column, "FT")
         whole, budget = (words, 2000*64) if type(part).__name__ == "TextualInversion" else (both - words, 1000*64)
         return whole*work/budget
     if kind == "pool":
-        part = run.method.generate
         own = _hours(run.method.name, column, "GEN")
         per_image = (own or _hours("diff-aug", column, "GEN"))/(_TABLE17[column]*5)
         usual = 100 if run.method.name == "diffusemix" else 22                 # denoising steps behind the table's hours
         return per_image*n_real*part.num_copies*steps_of(part)/usual
     full = run.method.generate and run.method.utilize in ("fc", "two-phase")
     per_image = (_hours("real-guidance", column, "CLS")/6 if full else _hours("baseline", column, "CLS"))/(_TABLE17[column]*100)
-    return per_image*images_seen(run, n_real)
+    return per_image*work
 
 # %% ../nbs/16_jobs.ipynb #c5634ed2
 def job_graph(runs, store:Store) -> pd.DataFrame:
@@ -66,16 +65,15 @@ def job_graph(runs, store:Store) -> pd.DataFrame:
     for run in runs:
         split = split_or_outline(run.task, run.seed)
         n, b = len(split.train), get_backbone(run.task.backbone)
-        stages = [("adaptation", s, part, images_tuned(part, split)//(getattr(part, "batch_size", None) or 8), images_tuned(part, split)) for part, s in adaptation_stages(run, split)]
-        if made := pool_stage(run, split): stages.append(("pool", made, run.method.generate, 0, images_drawn(run, n)))
-        stages.append(("train", train_stage(run, split), None, 0, images_seen(run, n)))
-        for kind, stage, part, steps, work in stages:
-            row = rows.setdefault(stage.key, dict(kind=kind, part=type(part).__name__ if part else run.task.recipe.classifier, methods=[], task=run.task.name, seed=run.seed, done=store.done(stage)))
+        for stage, part, work in stages_of(run, split):
+            kind = stage.kind
+            row = rows.setdefault(stage.key, dict(kind=kind, part=part_name(part), methods=[], task=run.task.name, seed=run.seed, done=store.done(stage)))
             if run.title not in row["methods"]: row["methods"].append(run.title)
             if "hours" in row: continue
             rate = rates.get((kind, run.task.scale, row["part"]))
             hours = work/rate/3600 if rate else by_table17(kind, run, n, part, work) if run.task.scale == "paper" else work/FALLBACK[run.task.scale, kind]/3600
-            row |= dict(images=n*part.num_copies if kind == "pool" else work if kind == "train" else 0, steps=steps, hours=hours, known="measured" if rate else "Table 17" if run.task.scale == "paper" else "assumed",
+            row |= dict(images=n*part.num_copies if kind == "pool" else work if kind == "train" else 0,
+                        steps=work//(getattr(part, "batch_size", None) or 8) if kind == "adaptation" else 0, hours=hours, known="measured" if rate else "Table 17" if run.task.scale == "paper" else "assumed",
                         gigabytes=n*part.num_copies*1.8*b.resolution**2/1e9 if kind == "pool" else 0.)
     return pd.DataFrame(rows.values(), index=list(rows))
 
@@ -112,6 +110,6 @@ def _missing(runs):
     "What has to be fetched first."
     tasks = list({r.task.name: r.task for r in runs}.values())
     data = [s for s in map(known_source, dict.fromkeys(t.dataset for t in tasks)) if s and not source_folder(s)]
-    models = [s for s, (mirrors, _) in checkpoints_of(tasks, {r.method.name for r in runs}).items() if not find_checkpoint(s, *mirrors)]
+    models = [s for s, (mirrors, _) in checkpoints_of(tasks, list(dict.fromkeys(r.method.name for r in runs))).items() if not find_checkpoint(s, *mirrors)]
     return ([f"Data to get first: {', '.join(f'{s.title} ({s.size_gb:g} GB)' for s in data)}; `diffda doctor` says how."] if data else []) \
          + ([f"Checkpoints to download: {', '.join(f'{m} (about {GIGABYTES[m]:g} GB)' if m in GIGABYTES else m for m in models)}."] if models else [])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FALLBACK', 'ENOUGH', 'Run', 'plan', 'adaptation_stages', 'pool_stage', 'train_stage', 'adaptation_of', 'pool_of',
-           'array_of', 'record_of', 'share_of', 'estimate', 'images_tuned', 'steps_of', 'images_drawn', 'images_seen',
-           'effort', 'machine', 'measured', 'as_row', 'run_all']
+           'array_of', 'record_of', 'share_of', 'stages_of', 'estimate', 'images_tuned', 'steps_of', 'images_drawn',
+           'images_seen', 'effort', 'part_name', 'machine', 'measured', 'as_row', 'run_all']
 
 # %% ../nbs/13_pipeline.ipynb #9c4d282e
 import dataclasses, functools, json, os
@@ -196,15 +196,19 @@ def share_of(run:Run, store:Store) -> float:
     return float("nan") if found is None else found
 
 # %% ../nbs/13_pipeline.ipynb #32e6908f
+def stages_of(run:Run, split:Split) -> list:
+    "[(stage, part or classifier, work), …] behind `run`, in the order in which they are made; the work is counted in images, as in `effort`."
+    n, made = len(split.train), pool_stage(run, split)
+    tuned = [(stage, part, images_tuned(part, split)) for part, stage in adaptation_stages(run, split)]
+    drawn = [(made, run.method.generate, images_drawn(run, n))] if made else []
+    return [*tuned, *drawn, (train_stage(run, split), run.task.recipe.classifier, images_seen(run, n))]
+
 def estimate(runs, store:Store) -> str:
     "One line: how much of `runs` the store has, and about how long the rest will take, judged by what similar stages took."
     stages, rates = {}, measured(store)
     for r in runs:
-        split = get_split(r.task, r.seed)
-        n = len(split.train)
-        chain = [(s, part, images_tuned(part, split)) for part, s in adaptation_stages(r, split)]
-        for s, part, work in (*chain, (pool_stage(r, split), r.method.generate, images_drawn(r, n)), (train_stage(r, split), r.task.recipe.classifier, images_seen(r, n))):
-            if s: stages[s.key] = (store.done(s), s.kind, work/rates.get((s.kind, r.task.scale, _name(part)), FALLBACK[r.task.scale, s.kind]))
+        for s, part, work in stages_of(r, get_split(r.task, r.seed)):
+            stages[s.key] = (store.done(s), s.kind, work/rates.get((s.kind, r.task.scale, part_name(part)), FALLBACK[r.task.scale, s.kind]))
     todo = [v for v in stages.values() if not v[0]]
     seconds = sum(v[2] for v in todo)
     n = {k: sum(v[1] == k for v in todo) for k in ("adaptation", "pool", "train")}
@@ -236,9 +240,11 @@ def images_seen(run:Run, n_real:int) -> int:
 
 def effort(run:Run, part, work:float) -> dict:
     "What `measured` reads later: the work of a stage in images, and where it was done."
-    return {"work": work, "part": _name(part), "scale": run.task.scale, "machine": machine()}
+    return {"work": work, "part": part_name(part), "scale": run.task.scale, "machine": machine()}
 
-def _name(part): return part if isinstance(part, str) else type(part).__name__
+def part_name(part) -> str:
+    "The class of a part, or the name of a classifier."
+    return part if isinstance(part, str) else type(part).__name__
 
 @functools.lru_cache
 def machine() -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AXES', 'METRICS', 'list_papers', 'paper_notebook', 'paper_values', 'tidy', 'table', 'wide', 'show', 'text_table',
            'paper_table', 'add_average', 'colour', 'bars', 'lines', 'image_grid', 'Claim', 'select', 'per_seed',
-           'bootstrap_interval', 'Verdict', 'judge', 'verdict_table', 'save_results']
+           'bootstrap_interval', 'Verdict', 'judge', 'verdict_table', 'beats', 'save_results']
 
 # %% ../nbs/14_report.ipynb #29cbb3ed
 import dataclasses, json, math
@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.figure import Figure
 
 from .core import DiffDAError, lookup, make_dir, seed_for, write_json, write_text, writing
+from .method import get_method
 from .recipes import papers_dir
 
 # %% ../nbs/14_report.ipynb #a6806ec2
@@ -82,12 +83,12 @@ def _paper_cell(paper, row, value) -> tuple:
     for a in [a for a in AXES if a in paper]: hit &= paper[a].isna() | (paper[a] == row[a])
     return tuple(paper[hit][["value", "std"]].iloc[0]) if hit.any() else nothing
 
-def table(records:pd.DataFrame, item:str, value:str="top1") -> pd.DataFrame:
+def table(records:pd.DataFrame, item:str, value:str="top1", settings:dict=None) -> pd.DataFrame:
     """Mean and spread over seeds for every row of `item`, in long form, beside the paper's number.
 
     Columns: method, task, metric, mean, std (sample standard deviation, NaN for one seed), n (seeds),
-    the axes that tell rows apart, row, scale, counterpart, paper_mean, paper_std, and share where the records have it.
-    `value` is a key of `METRICS`."""
+    the axes that tell rows apart, row, scale, counterpart, paper_mean, paper_std, share where the records have it, and changed.
+    `value` is a key of `METRICS`; `settings` are those given to `plan`: what they change against the item's own is said in `changed` and in the caption."""
     frame = tidy(records, item, value)
     axes = frame.attrs["axes"]
     for c in ("counterpart", "scale"): frame[c] = frame[c] if c in frame else ""
@@ -100,7 +101,9 @@ def table(records:pd.DataFrame, item:str, value:str="top1") -> pd.DataFrame:
     paper = paper_values(item) if item in _items(".csv") else None
     cells = [_paper_cell(paper, r, value) for r in rows.to_dict("records")]
     rows["paper_mean"], rows["paper_std"] = zip(*cells)
-    rows = rows[["method", "task", "metric", "mean", "std", "n", *axes, "row", "scale", "counterpart", "paper_mean", "paper_std", *share]]
+    changed = {k: v for k, v in (settings or {}).items() if v and (k, v) not in (("protocol", "paper"), ("equal", "epochs"))}
+    if changed: rows["changed"] = ", ".join(f"{k} = {v}" for k, v in changed.items())
+    rows = rows[["method", "task", "metric", "mean", "std", "n", *axes, "row", "scale", "counterpart", "paper_mean", "paper_std", *share, *(["changed"] if changed else [])]]
     rows.attrs.update(item=item, value=value)
     return rows
 
@@ -120,7 +123,8 @@ def _caption(table:pd.DataFrame) -> str:
     spread = "mean ± standard deviation over " if n[-1] > 1 else ""
     where = ", ".join(filter(None, [table.attrs.get("item"), scales])) or "Result"
     share = f"; {_SHARE}: synthetic images that a reference classifier takes for their label" if _has(table, "share") else ""
-    return f"{where}: {METRICS.get(table.metric.iloc[0], table.metric.iloc[0])}, {spread}{seeds}{share}"
+    changed = f"; not as the item runs by itself, but with {table.changed.iloc[0]}" if "changed" in table else ""
+    return f"{where}: {METRICS.get(table.metric.iloc[0], table.metric.iloc[0])}, {spread}{seeds}{share}{changed}"
 
 _SHARE = "recognised %"
 
@@ -392,6 +396,17 @@ def verdict_table(verdicts) -> pd.DataFrame:
              "95 % interval": "–" if math.isnan(v.low) else f"{v.low:+.2f} to {v.high:+.2f}", "seeds": v.n,
              "the paper's difference": "–" if math.isnan(v.paper) else f"{v.paper:+.2f} ({v.counterpart})"} for v in verdicts]
     return pd.DataFrame(rows)
+
+# %% ../nbs/14_report.ipynb #f5a72f19
+def beats(a:str, b, why:str="", *, ran, source:str, **where):
+    """The claim that method `a` beats `b`, a method or several of which those count that `ran` (names); None where one side did not run. `why` is added to its text.
+
+    `where` are column values of the tasks it speaks about. Rows with equal steps are left out."""
+    b = [b] if isinstance(b, str) else [m for m in b if m in ran]
+    if a not in ran or not b or not set(b) <= set(ran): return None
+    side, names = lambda m: {"method": m, "equal": "epochs"}, {"baseline": "the baseline"}
+    text = f"{get_method(a).title} beats {' and '.join(names.get(m, get_method(m).title) for m in b)}{why}"
+    return Claim(text, source, side(a), tuple(map(side, b)), where=where)
 
 # %% ../nbs/14_report.ipynb #21bb6668
 def _plain(v):

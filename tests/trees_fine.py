@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from trees import write
+
 CARS = ("AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012", "smart fortwo Convertible 2012")
 CELLS = ("basophil", "eosinophil", "erythroblast", "ig", "lymphocyte", "monocyte", "neutrophil", "platelet")
 DIAGNOSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
@@ -51,14 +53,6 @@ def mat(**variables) -> bytes:
     from scipy.io import savemat
     out = io.BytesIO(); savemat(out, variables, do_compression=True)
     return out.getvalue()
-
-def write(folder, files:dict, reverse=False):
-    "Write {path below `folder`: bytes or text}, in the order given or the opposite one."
-    for path, content in list(files.items())[::-1 if reverse else 1]:
-        target = Path(folder)/path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return Path(folder)
 
 def lines(rows) -> str: return "".join(f"{' '.join(map(str, r))}\n" for r in rows)
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from ..backbone import EMBEDDINGS, LORA, TOKENS, class_words, default_device, get_backbone, load_pipeline, quiet, settled, widened
 from ..caption import CAPTIONERS, captioner_key, captions_of, is_captioner, store_at
 from ..core import DiffDAError, file_digest, generator_for, make_dir, read_json, seeded, write_json
-from ..finetune import Latents, finish, frozen, in_rounds, mirrored, strip, take_over, tune
+from ..finetune import Budgeted, Latents, finish, frozen, in_rounds, mirrored, strip, take_over, tune
 from ..generate import Generate, Studio, chosen, noise_for
-from ..method import FineTune, Method, register
+from ..method import Method, register
 from .diff_ii import of_class
 
 # %% ../../nbs/methods/mvc.ipynb #9dac53ef
@@ -59,11 +59,8 @@ def caption_pool(split, source:str, words, store=None, progress:bool=False) -> d
 CAPTIONS = "captions.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MVCTuning(FineTune):
+class MVCTuning(Budgeted):
     "Fine-tune the whole network to reconstruct one image of a class from another one and a mixture of captions."
-    steps: int = None
-    lr: float = None
-    batch_size: int = None
     coarse: int = 2                   # P of Algorithm 1: runs of whole tokens
     fine: int = 4                     # Q: runs of features within a token
     num_embeddings: int = 64          # N_y: mixtures per class
@@ -74,8 +71,7 @@ class MVCTuning(FineTune):
     sd_only = "it widens a U-Net by four channels"
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "num_embeddings", "lr"):
-            if (v := getattr(self, name)) is not None and v <= 0: raise DiffDAError(f"MVCTuning: {name} is above 0; found {v}.")
+        super().__post_init__()
         if not 0 <= self.dropped < 1: raise DiffDAError(f"MVCTuning: dropped is a share in [0, 1); found {self.dropped}.")
         if self.captions in (None, "attributes"): return
         if not is_captioner(self.captions) and not Path(self.captions).is_file():
