@@ -17,7 +17,10 @@ from tqdm.auto import tqdm
 
 from .backbone import default_device, places, precision, quiet, source_key
 from .core import DiffDAError, Stage, Store, digest, file_digest, lookup, read_json, write_json
+from .finetune import Captioned
 from .generate import SDEdit, chosen
+from .method import Chain
+from .prompts import read_phrases
 
 # %% ../nbs/12_caption.ipynb #2f632982
 @dataclasses.dataclass(frozen=True)
@@ -233,21 +236,21 @@ class SuffixedSDEdit(SDEdit):
         return [self._ended(r, of(r), known) for r in super().rows(split, backbone, seed, words)]
 
     def _ended(self, row, of, known):
-        phrase = chosen(known[of], row, "phrase").strip().rstrip(".")
+        phrase = chosen(known[of], row, "phrase")
         return row | dict(prompt=f"{row['prompt']}, {phrase}" if phrase else row["prompt"], phrase=phrase, phrase_of=of)
 
     def _known(self, split):
         "{key: [phrase, …]} for all that may be asked."
         keys, what = (split.class_names, "classes") if self.pick == "class" else (split.train.ids, "training images")
-        try: found = {k: [v] if isinstance(v, str) else list(v) for k, v in read_json(self.phrases).items()}
-        except (ValueError, AttributeError, TypeError) as e: raise DiffDAError(f"{self.phrases} is not JSON of the form {{class name or image id: [phrase, …]}} ({e}).") from e
-        missing = [k for k in keys if not found.get(k)]
-        if missing: raise DiffDAError(f"{self.phrases} has no phrase for {len(missing)} of {len(keys)} {what}, first {missing[0]!r}; pick={self.pick!r} needs one for each.")
-        return found
+        return read_phrases(self.phrases, keys, what)
 
 def suffixed(method, phrases, pick:str="class"):
-    "`method` with `SuffixedSDEdit` in place of its `SDEdit`, all else as it is; its name gets the name of the trial."
-    trial = {"class": "suffix-dream", "exchange": "suffix-exchange", "own": "suffix-own"}
+    "`method` with the phrases of a file at the end of its prompts (see `SuffixedSDEdit`) or, by `pick='enrich'`, of its captions for fine-tuning; its name gets the name of the trial."
+    trial = lookup(pick, {"class": "suffix-dream", "exchange": "suffix-exchange", "own": "suffix-own", "enrich": "suffix-enrich"}, "way to pick a phrase")
+    named = dataclasses.replace(method, name=f"{method.name}-{trial}", title=f"{method.title} + {trial}")
+    if pick == "enrich":
+        if not method.finetune: raise DiffDAError(f"Phrases enrich the captions of fine-tuning, and method {method.name!r} has none.")
+        return dataclasses.replace(named, finetune=Chain(tuple(dataclasses.replace(p, phrases=str(phrases)) if isinstance(p, Captioned) else p for p in method.finetune.parts)))
     if type(method.generate) is not SDEdit: raise DiffDAError(f"Phrases end the prompts of SDEdit; method {method.name!r} has {method.parts['generate']}.")
     part = SuffixedSDEdit(**{f.name: getattr(method.generate, f.name) for f in dataclasses.fields(SDEdit)}, phrases=str(phrases), pick=pick)
-    return dataclasses.replace(method, name=f"{method.name}-{trial[pick]}", title=f"{method.title} + {trial[pick]}", generate=part)
+    return dataclasses.replace(named, generate=part)

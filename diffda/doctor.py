@@ -143,8 +143,8 @@ def verify(task, folder=None) -> Finding:
     return Finding(what, True, f"{len(listed['digests'])} seeds, {listed['counts']['train']} training images each")
 
 def rule_file(task) -> dict:
-    "What the split file of `task` says while nobody has listed its images: the rule and the numbers to expect."
+    "What the split file of `task` says while nobody has listed its images: the rule, the classes (their number, where a file of the dataset lists them) and the counts to expect."
     source = known_source(task.dataset)
     counts = source.counts.get("original", {})
-    return {"task": task.name, "dataset": task.dataset, "classes": source.classes, "rule": RULE, "shots": task.shots, "val_per_class": task.val_per_class,
+    return {"task": task.name, "dataset": task.dataset, "classes": list(source.class_names) or source.classes, "rule": RULE, "shots": task.shots, "val_per_class": task.val_per_class,
             "counts": {"train": images_of(task), "val": 0, **({"test": counts["test"]} if "test" in counts else {})}, "digests": {}}

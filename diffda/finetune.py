@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'tune', 'mirrored', 'cropped', 'Latents', 'captions', 'in_rounds', 'denoising', 'placeholders',
-           'check_captions', 'initial', 'Words', 'Budgeted', 'TextualInversion', 'DreamBoothLoRA', 'add_lora', 'frozen',
-           'take_over', 'finish', 'samples', 'strip']
+           'check_captions', 'initial', 'Words', 'Budgeted', 'Captioned', 'TextualInversion', 'DreamBoothLoRA',
+           'add_lora', 'frozen', 'take_over', 'finish', 'samples', 'strip']
 
 # %% ../nbs/07_finetune.ipynb #8ee25d58
 import dataclasses, functools, math, shutil, unicodedata
@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from .backbone import (EMBEDDINGS, LORA, TOKENS, AtOnce, Backbone, class_words, default_device, get_backbone, load_pipeline, model_of, precision, settled, shift_of,
                              to_pixels)
-from .core import DiffDAError, generator_for, make_dir, resumable, seeded, write_json, write_text, writing
+from .core import DiffDAError, file_digest, generator_for, later, make_dir, resumable, seeded, write_json, write_text, writing
 from .method import FineTune
-from .prompts import TEMPLATES
+from .prompts import TEMPLATES, read_phrases
 
 # %% ../nbs/07_finetune.ipynb #5e43af9f
 def tune(params, loss, steps:int, lr:float, batch_size:int, path, *, at_once:int=None, clip:float=None, desc:str="tune", progress:bool=True) -> list:
@@ -116,10 +116,11 @@ def in_rounds(n:int, first:int, count:int, *seed) -> list:
     rounds = {r: torch.randperm(n, generator=generator_for(*seed, "round", r)) for r in range(first//n, (first + count - 1)//n + 1)}
     return [int(rounds[k//n][k%n]) for k in range(first, first + count)]
 
-def denoising(pipe, latents:Latents, samples, items, texts, batch_size:int, *seed):
+def denoising(pipe, latents:Latents, samples, items, texts, batch_size:int, *seed, rows=None):
     """The loss of the network for `tune`, on the images at positions `items` of `samples`, whose encodings are `latents`;
-    `texts` (classes, captions, tokens) are the captions of each label."""
+    `texts` (classes, captions, tokens) are the captions of each label, or of whatever `rows` (one number per sample) says."""
     times, guess = model_of(pipe).objective()
+    rows = torch.as_tensor(samples.labels if rows is None else rows)
     items = sorted(items, key=lambda k: samples.ids[k])                  # their order in the split does not matter
 
     @functools.lru_cache(maxsize=1)                 # the pieces of a batch share one draw
@@ -130,7 +131,7 @@ def denoising(pipe, latents:Latents, samples, items, texts, batch_size:int, *see
         z = latents.draw(which, torch.rand(batch_size, generator=g), point)
         t = times(batch_size, g)
         template = torch.randint(texts.shape[1], (batch_size,), generator=g)
-        return z, noise, t, texts[torch.from_numpy(samples.labels[which]), template]
+        return z, noise, t, texts[rows[which], template]
 
     def loss(i, members):
         said, target = guess(*(x[members].to(pipe.device) for x in batch(i)))
@@ -149,10 +150,11 @@ def placeholders(class_names, num_vectors:int, vocabulary) -> dict:
         if known: raise DiffDAError(f"The placeholder {known[0]} of class {name!r} is a word of the tokenizer already; rename the class or start from a generator without it.")
     return out
 
-def check_captions(pipe, words:dict, texts, counts):
-    "Raise `DiffDAError` if a new token is in no caption of a training image; `counts` are the numbers of images per class."
-    for (name, tokens), own, n in zip(words.items(), texts[..., :pipe.tokenizer.model_max_length], counts):
-        if n == 0: raise DiffDAError(f"Class {name!r} has no training image, so no caption would contain {tokens[0]}; give it images or leave the class out.")
+def check_captions(pipe, words:dict, texts, rows, labels):
+    "Raise `DiffDAError` if a new token is in no caption of a training image; `rows` are the places of its captions in `texts`, for each image."
+    for c, (name, tokens) in enumerate(words.items()):
+        if c not in labels: raise DiffDAError(f"Class {name!r} has no training image, so no caption would contain {tokens[0]}; give it images or leave the class out.")
+        own = texts[sorted({int(r) for r, y in zip(rows, labels) if y == c}), :, :pipe.tokenizer.model_max_length]
         there = set(own.flatten().tolist())
         missing = [t for t, k in zip(tokens, pipe.tokenizer.convert_tokens_to_ids(tokens)) if k not in there]
         if missing: raise DiffDAError(f"No training caption contains {missing[0]} of class {name!r}: a caption holds {own.shape[-1]} tokens and the class has {len(tokens)}; take fewer num_vectors.")
@@ -192,9 +194,29 @@ class Budgeted(FineTune):
             if (v := getattr(self, name, None)) is not None and not v > 0: raise DiffDAError(f"{type(self).__name__}: {name} is above 0; found {v}.")
         if (v := getattr(self, "hflip", None)) is not None and not 0 <= v <= 1: raise DiffDAError(f"{type(self).__name__}: hflip is a share in [0, 1]; found {v}.")
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Captioned(Budgeted):
+    "Base of the parts that learn from images with captions: the templates with the class's word, or one template and a phrase."
+    phrases: str = later(None)        # a JSON file {image id: phrase or [phrase, …]}: captions are "a photo of a <word>, <phrase of the image>" then
+    phrases_key: str = dataclasses.field(default=None, init=False, metadata={"later": True})          # hash of that file
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.phrases is None: return
+        if not Path(self.phrases).is_file(): raise DiffDAError(f"phrases is a JSON file {{image id: phrase or [phrase, …]}}; there is no file {self.phrases}.")
+        object.__setattr__(self, "phrases_key", file_digest(self.phrases))
+
+    def captions(self, pipe, words, split) -> tuple:
+        "(token ids (rows, captions, tokens), the row of each training image of `split`) with `words` for the classes."
+        if self.phrases is None: return captions(pipe, words), split.train.labels
+        known = read_phrases(self.phrases, split.train.ids, "training images")
+        n = max(len(known[i]) for i in split.train.ids)
+        texts = [f"a photo of a {words[y]}, {known[i][k % len(known[i])]}" for i, y in zip(split.train.ids, split.train.labels) for k in range(n)]
+        return model_of(pipe).ids(texts).reshape(len(split.train), n, -1), range(len(split.train))
+
 # %% ../nbs/07_finetune.ipynb #d3d72fdd
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextualInversion(Budgeted):
+class TextualInversion(Captioned):
     "One new word per class (Gal et al., 2023), learned for all classes together."
     scale_lr: bool = False            # multiply lr by batch_size
     initializer: str = None           # a word of one token, or "class": the class's name
@@ -212,20 +234,20 @@ class TextualInversion(Budgeted):
         starts = {p: torch.stack([initial(*e, part.initializer, name) for name in words for _ in range(part.num_vectors)]) for p, e in encoders.items()}
         tables = {p: encoder.get_input_embeddings().weight for p, (_, encoder) in encoders.items()}
         for tokenizer, _ in encoders.values(): tokenizer.add_tokens([t for tokens in words.values() for t in tokens])
-        texts, labels = captions(pipe, [tokens[0] for tokens in words.values()]), split.train.labels.tolist()
-        check_captions(pipe, words, texts, [labels.count(c) for c in range(len(words))])
+        (texts, rows), labels = part.captions(pipe, [tokens[0] for tokens in words.values()], split), split.train.labels.tolist()
+        check_captions(pipe, words, texts, rows, labels)
         latents = Latents(pipe, split.train, lambda im, sid: mirrored(im, b.resolution, part.hflip), b.resolution, progress)
         learned, losses = {}, {}
         for c, classes in enumerate([[c] for c in range(len(words))] if part.per_class else [range(len(words))]):
             names = [split.class_names[k] for k in classes]
             place = classes[0]*part.num_vectors
-            rows = {p: torch.nn.Parameter(s[place:place + len(names)*part.num_vectors].to(pipe.device)) for p, s in starts.items()}
-            for p, (tokenizer, encoder) in encoders.items(): encoder.set_input_embeddings(Words(tables[p], tokenizer.convert_tokens_to_ids(words[names[0]][0]), rows[p]))
+            vectors = {p: torch.nn.Parameter(s[place:place + len(names)*part.num_vectors].to(pipe.device)) for p, s in starts.items()}
+            for p, (tokenizer, encoder) in encoders.items(): encoder.set_input_embeddings(Words(tables[p], tokenizer.convert_tokens_to_ids(words[names[0]][0]), vectors[p]))
             items = [i for i, y in enumerate(labels) if y in classes]
-            loss = denoising(pipe, latents, split.train, items, texts, part.batch_size, seed, "words", *(names if part.per_class else []))
-            losses[c] = tune(rows.values(), loss, part.steps, _rate(part), part.batch_size, folder/f"checkpoint{c}.pt", at_once=_at_once(latents),
+            loss = denoising(pipe, latents, split.train, items, texts, part.batch_size, seed, "words", *(names if part.per_class else []), rows=rows)
+            losses[c] = tune(vectors.values(), loss, part.steps, _rate(part), part.batch_size, folder/f"checkpoint{c}.pt", at_once=_at_once(latents),
                              desc=f"learn {names[0] if part.per_class else 'words'}", progress=progress)
-            learned.update({p + words[n][0]: r.detach().cpu()[k*part.num_vectors:(k + 1)*part.num_vectors].clone() for p, r in rows.items() for k, n in enumerate(names)})
+            learned.update({p + words[n][0]: r.detach().cpu()[k*part.num_vectors:(k + 1)*part.num_vectors].clone() for p, r in vectors.items() for k, n in enumerate(names)})
         def save():
             take_over(previous, folder, (LORA, "unet"))
             with writing(folder/EMBEDDINGS) as temp: save_file(learned, temp)
@@ -237,7 +259,7 @@ class TextualInversion(Budgeted):
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")          # the layers that get a LoRA; the last two exist in newer networks only
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DreamBoothLoRA(Budgeted):
+class DreamBoothLoRA(Captioned):
     "A LoRA on the attention of the denoising network (Ruiz et al., 2023; Hu et al., 2022), on top of the words learned before."
     scale_lr: bool = None             # multiply lr by batch_size
     rank: int = 8                     # also the alpha, so that the LoRA counts once
@@ -249,9 +271,9 @@ class DreamBoothLoRA(Budgeted):
         b, folder = get_backbone(backbone), make_dir(folder)
         if previous and (Path(previous)/LORA).exists(): raise DiffDAError("DreamBoothLoRA starts from a network without a LoRA; the part before it has left one. Take one of them out of the chain.")
         part, pipe = settled(self, b, split.task), frozen(b, previous)
-        texts = captions(pipe, class_words(split.class_names, previous))
+        texts, rows = part.captions(pipe, class_words(split.class_names, previous), split)
         latents = Latents(pipe, split.train, lambda im, sid: cropped(im, b.resolution, part.crops, seed, sid), b.resolution, progress)
-        loss = denoising(pipe, latents, split.train, range(len(split.train)), texts, part.batch_size, seed, "lora")
+        loss = denoising(pipe, latents, split.train, range(len(split.train)), texts, part.batch_size, seed, "lora", rows=rows)
         losses = {0: tune(add_lora(model_of(pipe).network, part.rank, seed), loss, part.steps, _rate(part), part.batch_size, folder/"checkpoint0.pt", at_once=_at_once(latents),
                           clip=part.clip, desc="learn LoRA", progress=progress)}
         def save():

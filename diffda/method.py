@@ -34,7 +34,7 @@ class Method:
     @property
     def settings(self) -> tuple:
         "Names of what `at` can change."
-        tuned = [f"{type(p).__name__}.{f.name}" for p in (self.finetune.parts if self.finetune else ()) for f in dataclasses.fields(p)]
+        tuned = [f"{type(p).__name__}.{f.name}" for p in (self.finetune.parts if self.finetune else ()) for f in dataclasses.fields(p) if f.init]
         return _OWN + (tuple(f.name for f in dataclasses.fields(self.generate) if f.init) if self.generate else ()) + tuple(tuned)
 
     @property

@@ -18,8 +18,8 @@ def breaks_off(monkeypatch):
     from diffda import finetune
     def prepare(at):
         real, calls = finetune.denoising, []
-        def failing(*a):
-            loss = real(*a)
+        def failing(*a, **k):
+            loss = real(*a, **k)
             def broken(i, members):
                 calls.append(i)
                 if len(calls) == at + 1: raise KeyboardInterrupt

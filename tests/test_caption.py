@@ -322,7 +322,7 @@ def test_phrases_that_are_not_there(few, files, tmp_path):
     with pytest.raises(DiffDAError, match="Unknown way to pick a phrase 'others'"): part_for(files, "others")
     b = get_backbone("nano")
     for pick, text, sentence in (("own", "{}", "has no phrase for 6 of 6 training images, first 'fashion-pool"), ("class", '{"bag": [], "t-shirt": ["x"]}', "has no phrase for 9 of 10 classes, first 'trouser'"),
-                                 ("own", "[1", "is not JSON of the form"), ("own", "[1]", "is not JSON of the form"), ("own", '{"a": 1}', "is not JSON of the form")):
+                                 ("own", "[1", "is not a JSON file of the form"), ("own", "[1]", "is not a JSON file of the form"), ("own", '{"a": 1}', "is not a JSON file of the form")):
         (files/("classes.json" if pick == "class" else "images.json")).write_text(text)
         with pytest.raises(DiffDAError, match=sentence): part_for(files, pick).rows(few, b, 0)
     (files/"images.json").write_text(json.dumps({i: "x" for i in few.train.ids}))
@@ -338,3 +338,7 @@ def test_a_method_with_phrases(files, few):
         assert all(getattr(ours.generate, f.name) == getattr(theirs.generate, f.name) for f in dataclasses.fields(SDEdit))
     assert suffixed(base, files/"images.json", "exchange").at(few.task, num_copies=2).generate.num_copies == 2
     with pytest.raises(DiffDAError, match="method 'mvc' has MVCGenerate"): suffixed(get_method("mvc"), files/"classes.json")
+    enriched = suffixed(base, files/"images.json", "enrich")
+    assert enriched.name == "diff-mix-suffix-enrich" and enriched.generate == base.generate and [p.phrases for p in enriched.finetune.parts] == [str(files/"images.json")]*2
+    with pytest.raises(DiffDAError, match="method 'real-guidance' has none"): suffixed(get_method("real-guidance"), files/"images.json", "enrich")
+    with pytest.raises(DiffDAError, match="Unknown way to pick a phrase 'all'"): suffixed(base, files/"images.json", "all")

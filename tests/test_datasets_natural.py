@@ -110,6 +110,7 @@ def test_distinct():
 def test_caltech(root):
     top = trees.caltech101(root)/"101_ObjectCategories"
     found, full = read("caltech101"), read("caltech101-full")
+    assert all(get_source(n).class_names == tuple(sorted(get_source(n).class_names)) for n in ("caltech101", "caltech101-full"))          # the order in which folders are read
     assert found.class_names == ["accordion", "ant", "inline_skate"] and full.class_names == ["accordion", "ant", "cougar_face", "inline_skate"]
     assert sorted(found.train.ids + found.test.ids) == [f"{c}/image_{i:04d}" for c in found.class_names for i in range(1, 7)]
     assert all(found.class_names[y] == i.split("/")[0] for part in (found.train, found.test) for i, y in zip(part.ids, part.labels)) and len(found.test) == 3

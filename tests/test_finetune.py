@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from diffda import finetune
 from diffda.backbone import BACKBONES, EMBEDDINGS, LORA, TOKENS, TUNING, class_words, get_backbone, load_pipeline, settled
-from diffda.core import DiffDAError, generator_for
+from diffda.core import DiffDAError, canonical, generator_for
 from diffda.data import Samples, Split, get_split
 from diffda.finetune import DreamBoothLoRA, Latents, TextualInversion, add_lora, captions, cropped, denoising, frozen, in_rounds, mirrored, placeholders, tune
 from diffda.generate import Prompts, SDEdit, generate_pool
@@ -125,6 +125,34 @@ def test_first_loss_of_a_lora_is_that_of_the_words(few, words, tmp_path):
     latents = Latents(pipe, few.train, lambda im, sid: cropped(im, 32, 4, 2, sid), 32)
     loss = denoising(pipe, latents, few.train, range(5), captions(pipe, [f"<{n}>" for n in few.class_names]), 3, 2, "lora")
     with torch.no_grad(): assert abs(loss(0, [0, 1, 2]).mean().item() - pd.read_csv(tmp_path/"loss.csv").loss[0]) < 1e-6
+
+def test_captions_that_say_more_about_their_image(few, words, tmp_path):
+    "With phrases, the first loss of a LoRA is that of 'a photo of a <word>, <phrase>', computed by hand; without, neither captions nor keys change."
+    path = tmp_path/"phrases.json"
+    path.write_text(json.dumps({i: ["bright", "dark and wide."] if k == 3 else f"narrow {k}" for k, i in enumerate(few.train.ids)}))
+    part = dataclasses.replace(DB, steps=1, phrases=str(path))
+    pipe, names = frozen(NANO, words), [f"<{n}>" for n in few.class_names]
+    texts, rows = part.captions(pipe, names, few)
+    said = [[f"a photo of a {names[y]}, {p}" for p in (("bright", "dark and wide") if k == 3 else (f"narrow {k}",)*2)] for k, y in enumerate(few.train.labels)]
+    ids = pipe.tokenizer(sum(said, []), padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length, return_tensors="pt").input_ids
+    assert list(rows) == list(range(5)) and torch.equal(texts.reshape(10, -1), ids)
+    train(part, few, tmp_path/"a", words, seed=2)
+    latents = Latents(pipe, few.train, lambda im, sid: cropped(im, 32, 4, 2, sid), 32)
+    seen = {}
+    hook = pipe.text_encoder.register_forward_hook(lambda m, i, k, o: seen.update(ids=i[0] if i else k["input_ids"]), with_kwargs=True)
+    with torch.no_grad(): value = denoising(pipe, latents, few.train, range(5), texts, 3, 2, "lora", rows=rows)(0, [0, 1, 2]).mean().item()
+    hook.remove()
+    order = sorted(range(5), key=lambda i: few.train.ids[i])
+    which = [order[k] for k in in_rounds(5, 0, 3, 2, "lora")]
+    assert all(any(torch.equal(own, ids[2*i + k]) for k in (0, 1)) for own, i in zip(seen["ids"], which)) and abs(value - pd.read_csv(tmp_path/"a"/"loss.csv").loss[0]) < 1e-6
+    plain, rows = DB.captions(pipe, names, few)
+    assert torch.equal(plain, captions(pipe, names)) and list(rows) == few.train.labels.tolist() and "phrases" not in canonical(DB) and canonical(part)["phrases_key"]
+    once = canonical(part)
+    path.write_text(json.dumps({i: "other" for i in few.train.ids}))
+    assert canonical(dataclasses.replace(DB, steps=1, phrases=str(path))) != once
+    path.write_text("{}")
+    with pytest.raises(DiffDAError, match="has no phrase for 5 of 5 training images"): train(dataclasses.replace(TI, phrases=str(path)), few, tmp_path/"b")
+    with pytest.raises(DiffDAError, match="there is no file none.json"): TextualInversion(phrases="none.json")
 
 def test_velocity_is_the_target_where_the_checkpoint_predicts_it(few):
     pipe = frozen(NANO)

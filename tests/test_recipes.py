@@ -7,7 +7,7 @@ from diffda.backbone import get_backbone, settled
 from diffda.core import DiffDAError, digest
 from diffda.data import NANO_RECIPE, Recipe, by_recipe, get_split, get_task, list_tasks
 from diffda.finetune import DreamBoothLoRA, TextualInversion
-from diffda.method import FineTune, get_method, list_methods
+from diffda.method import get_method, list_methods
 from diffda.pipeline import plan, train_stage
 from diffda.recipes import PROTOCOLS, applies, by_protocol, recipe, settings
 from diffda.train import _inits, new_classifier
@@ -30,7 +30,7 @@ def test_every_row_applies_to_a_task():
 def test_every_row_sets_something():
     "The value of each row that counts is what the method, the part or the classifier has at a task of that place."
     known = {"classifier": set(Recipe.__dataclass_fields__), "*": {"num_copies"}, **{m: set(get_method(m).settings) for m in list_methods()}}
-    parts = {c.__name__: set(c.__dataclass_fields__) for c in FineTune.__subclasses__() if hasattr(c, "__dataclass_fields__")}
+    parts = {type(p).__name__: set(p.__dataclass_fields__) for m in map(get_method, list_methods()) if m.finetune for p in m.finetune.parts}
     for paper, r in ROWS: assert r.setting in {**known, **parts}[r.part], (paper, r)
 
 @pytest.mark.parametrize("name", [m for m in list_methods() if get_method(m).recipe])

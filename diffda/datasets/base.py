@@ -31,6 +31,7 @@ class Source:
     size_gb: float                    # on disk, unpacked
     download: object = None           # download(root) where a library can fetch it; root is the set's own folder, as for `read`
     readable: object = None           # class name -> words for prompts; None: underscores become spaces
+    class_names: tuple = ()           # in the order of the labels, where no file of the dataset lists them
 
 _SOURCES = {}
 

@@ -133,7 +133,7 @@ voc = register_source(Source("voc", "PASCAL VOC 2012 (largest object)", read_voc
     "JPEGImages/*.jpg, SegmentationClass/*.png, SegmentationObject/*.png and ImageSets/Segmentation/{train,val}.txt",
     "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/", "see the page (the images are Flickr's)",
     "run torchvision.datasets.VOCSegmentation($DIFFDA_DATA, year='2012', download=True), or unpack VOCtrainval_11-May-2012.tar from the page into $DIFFDA_DATA.", 2.,
-    download=lambda root: torchvision.datasets.VOCSegmentation(Path(root).parents[1], year="2012", download=True)))
+    download=lambda root: torchvision.datasets.VOCSegmentation(Path(root).parents[1], year="2012", download=True), class_names=VOC_NAMES))
 
 # %% ../../nbs/datasets/detection.ipynb #d39c22f8
 SPURGE = ("absent", "apparent")
@@ -149,4 +149,4 @@ def read_spurge(root, task) -> Dataset:
 spurge = register_source(Source("spurge", "Leafy Spurge", read_spurge, ("spurge",), 2, {"public": {"train": 800}},
     "absent/*.png and apparent/*.png, or train/ and test/ with these folders", "https://huggingface.co/datasets/mpg-ranch/leafy_spurge", "see the page",
     "ask the authors of DA-Fusion for its images; or load mpg-ranch/leafy_spurge (crop or context) with Hugging Face datasets and save each image "
-    "as $DIFFDA_DATA/spurge/<train or test>/<absent or apparent>/<number>.png.", .2, readable={"absent": "no spurge", "apparent": "leafy spurge"}))
+    "as $DIFFDA_DATA/spurge/<train or test>/<absent or apparent>/<number>.png.", .2, readable={"absent": "no spurge", "apparent": "leafy spurge"}, class_names=SPURGE))

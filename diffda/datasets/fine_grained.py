@@ -123,7 +123,7 @@ def read_flowers(root, task) -> Dataset:
 flowers = register_source(Source("flowers102", "Oxford Flowers 102", read_flowers, ("flowers-102",), 102, {"original": {"train": 2040, "test": 6149}},
     "imagelabels.mat, setid.mat and jpg/image_00001.jpg, …", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", "see the page",
     "run torchvision.datasets.Flowers102($DIFFDA_DATA, download=True), or put jpg/ of 102flowers.tgz, imagelabels.mat and setid.mat from the page into $DIFFDA_DATA/flowers-102.", .4,
-    download=lambda root: torchvision.datasets.Flowers102(Path(root).parent, download=True)))
+    download=lambda root: torchvision.datasets.Flowers102(Path(root).parent, download=True), class_names=FLOWERS))
 
 # %% ../../nbs/datasets/fine_grained.ipynb #58104419
 def read_cars(root, task) -> Dataset:

@@ -61,7 +61,7 @@ blood = register_source(Source("blood", "Blood (PBC, BloodMNIST)", read_blood, (
     "bloodmnist_224.npz, or PBC_dataset_normal_DIB/<class>/*.jpg, or shot<n>/train/<class> and shot<n>/test/<class>",
     "https://medmnist.com", "see the page, and https://data.mendeley.com/datasets/snkd93bnjr of the first publication",
     "download bloodmnist_224.npz from https://zenodo.org/records/10519652 to $DIFFDA_DATA/Blood (or unpack PBC_dataset_normal_DIB.zip of the first publication there).", 1.6,
-    readable={"ig": "immature granulocyte"}))
+    readable={"ig": "immature granulocyte"}, class_names=CELLS))
 
 # %% ../../nbs/datasets/medical.ipynb #e60469c6
 DIAGNOSES = {"akiec": "actinic keratosis", "bcc": "basal cell carcinoma", "bkl": "benign keratosis", "df": "dermatofibroma", "mel": "melanoma", "nv": "melanocytic nevus",
@@ -103,7 +103,7 @@ skin = register_source(Source("skin", "Skin (HAM10000, DermaMNIST)", read_skin, 
     "HAM10000_metadata(.csv, .tab) with HAM10000_images_part_1/*.jpg and HAM10000_images_part_2/*.jpg, or dermamnist_224.npz, or shot<n>/train/<class> and shot<n>/test/<class>",
     "https://doi.org/10.7910/DVN/DBW86T", "see the page",
     "download HAM10000_metadata and unpack HAM10000_images_part_1.zip and HAM10000_images_part_2.zip from the page, each into a folder of its name, in $DIFFDA_DATA/Skin "
-    "(or put dermamnist_224.npz from https://zenodo.org/records/10519652 there).", 3., readable=DIAGNOSES))
+    "(or put dermamnist_224.npz from https://zenodo.org/records/10519652 there).", 3., readable=DIAGNOSES, class_names=tuple(DIAGNOSES)))
 
 # %% ../../nbs/datasets/medical.ipynb #5dc7ac0e
 TUMORS = ("meningioma", "glioma", "pituitary")                 # cjdata.label counts them from 1
@@ -155,4 +155,4 @@ brain_tumor = register_source(Source("brain-tumor", "Brain Tumor MRI", read_brai
     "https://doi.org/10.6084/m9.figshare.1512427", "see the page",
     "unpack the four zip files of slices from the page into $DIFFDA_DATA/brain_tumor "
     "(or the Training and Testing folders of https://www.kaggle.com/datasets/masoudnickparvar/brain-tumor-mri-dataset).", .9,
-    readable={"pituitary": "pituitary tumor", "notumor": "no tumor"}))
+    readable={"pituitary": "pituitary tumor", "notumor": "no tumor"}, class_names=TUMORS))

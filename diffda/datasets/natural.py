@@ -53,7 +53,7 @@ def _caltech(name, classes, extra=()):
                   ("caltech101", "caltech-101", "Caltech101"), len(classes), {"original": {"train": sum(counts) - test, "test": test}}, form,
                   "https://data.caltech.edu/records/mzrjq-6wc02", "see the page", "download caltech-101.zip from the page, unpack it as caltech101/, and in it 101_ObjectCategories.tar.gz; "
                   "or let torchvision do it: torchvision.datasets.Caltech101(<DIFFDA_DATA>, download=True).", .15, _fetch_caltech,
-                  {"Faces": "face", "Faces_easy": "face in close-up", "Leopards": "leopard", "Motorbikes": "motorbike", "airplanes": "airplane", "water_lilly": "water lily"})
+                  {"Faces": "face", "Faces_easy": "face in close-up", "Leopards": "leopard", "Motorbikes": "motorbike", "airplanes": "airplane", "water_lilly": "water lily"}, tuple(classes))
 
 def _fetch_caltech(root):
     from torchvision.datasets import Caltech101
@@ -224,7 +224,8 @@ _form = "{}/train/<wnid>/ and val/ (torchvision's tree), ILSVRC/Data/CLS-LOC/ (K
 
 for _s in (
     Source("imagenet100", "ImageNet-100", functools.partial(read_imagenet, "imagenet100", IMAGENET100), ("imagenet", "imagenet100", "ILSVRC2012", "ImageNet100"), 100,
-                       {"original": {"train": 126689, "test": 5000}}, _form.format("imagenet", "ImageNet100"), "https://image-net.org/download.php", "terms of access: see the page", _how.format("imagenet"), 160),
+                       {"original": {"train": 126689, "test": 5000}}, _form.format("imagenet", "ImageNet100"), "https://image-net.org/download.php", "terms of access: see the page", _how.format("imagenet"), 160,
+                       class_names=tuple(IMAGENET100[w] for w in sorted(IMAGENET100))),
     Source("imagenet1k", "ImageNet-1K (ILSVRC2012)", functools.partial(read_imagenet, "imagenet1k", None), ("imagenet", "imagenet1k", "ILSVRC2012", "ImageNet1K"), 1000,
                        {"original": {"train": 1281167, "test": 50000}}, _form.format("imagenet", "ImageNet1K"), "https://image-net.org/download.php", "terms of access: see the page", _how.format("imagenet"), 160,
                        readable={"crane_n02012849": "crane bird", "crane_n03126707": "construction crane", "Cardigan_n02113186": "Cardigan Welsh corgi", "cardigan_n02963159": "cardigan",
