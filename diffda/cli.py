@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN_SPLITS', 'WrongUsage', 'known_name', 'heading', 'listing', 'columns', 'fit', 'read_params', 'check_change',
-           'known_names', 'Screen', 'execute', 'summary', 'check_writable', 'reproduce', 'planned_runs', 'plan_of',
-           'known_tasks', 'report_findings', 'export_splits', 'verify_splits', 'parser', 'run_verb', 'main']
+           'known_names', 'Screen', 'execute', 'summary', 'check_writable', 'check_models', 'reproduce', 'planned_runs',
+           'plan_of', 'known_tasks', 'report_findings', 'export_splits', 'verify_splits', 'parser', 'run_verb', 'main']
 
 # %% ../nbs/17_cli.ipynb #c24e0e86
 import argparse, ast, difflib, json, logging, math, os, re, sys, time
@@ -192,6 +192,16 @@ def check_writable(folder) -> Path:
     (folder/".writable").unlink()
     return folder
 
+def check_models(runs):
+    "Say which checkpoints `runs` will download; where that is forbidden, now is the time to stop and not after a night."
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from diffda.core import DiffDAError
+    from diffda.jobs import lacking
+    models = lacking(runs)[1]
+    if models and HF_HUB_OFFLINE:
+        raise DiffDAError(f"Not on this machine, and HF_HUB_OFFLINE forbids to download: {', '.join(models)}. Put a copy of each into $DIFFDA_CHECKPOINTS/<id>, or leave out the methods that need it; `diffda doctor` says which do.")
+    if models: print(f"Checkpoints that are downloaded when their turn comes: {', '.join(models)}.", flush=True)
+
 def reproduce(item:str, scale:str="nano", out="results", store=None, params=()) -> Path:
     "Run the notebook of `item` ('unidiffda/table02') and print what came out; returns the folder `out/item`."
     from diffda.core import Store
@@ -203,6 +213,7 @@ def reproduce(item:str, scale:str="nano", out="results", store=None, params=()) 
     store = check_writable(Store(store).root)
     os.environ["DIFFDA_DATA"] = str(data_root())          # the kernel starts in another folder
     print(f"{item} at {scale} scale. Results: {folder}. Finished work is kept in {store}; a run that was stopped resumes there.", flush=True)
+    if scale == "paper": check_models(planned_runs(notebook, {**params, "scale": scale}))
     done = execute(notebook, folder, {**params, "scale": scale, "store": str(store), "out": str(folder.parents[item.count("/")])})
     print("\n" + summary(item, folder, done), flush=True)
     return folder

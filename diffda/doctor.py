@@ -40,8 +40,9 @@ def checkpoints_of(tasks, methods=None) -> dict:
         if source: out.setdefault(source, (mirrors, []))[1].append(who)
     for name in dict.fromkeys(t.backbone for t in tasks):
         b = get_backbone(name)
-        need(b.source, b.mirrors, f"generator {name}")
-        for m in methods or [m for m in list_methods() if any(m in set(recipe(t.paper).part) for t in tasks if t.backbone == name)]:
+        wanted = methods or [m for m in list_methods() if any(m in set(recipe(t.paper).part) for t in tasks if t.backbone == name)]
+        if any(get_method(m).generate for m in wanted): need(b.source, b.mirrors, f"generator {name}")
+        for m in wanted:
             part = get_method(m).generate
             for field in part.uses if part else (): need(getattr(b, field), (), get_method(m).title)
             for tuned in get_method(m).finetune.parts if get_method(m).finetune else ():

@@ -7,6 +7,7 @@ import tiny, trees, trees_fine
 from diffda import cli
 from diffda.method import get_method
 from diffda.prompts import SUFFIXES
+from diffda.report import paper_notebook
 
 CUT = ["num_copies=1", "epochs=1", "backbone=sd15@64",
        "change={num_inference_steps: 10, TextualInversion.steps: 2, TextualInversion.batch_size: 2, TextualInversion.initializer: the, DreamBoothLoRA.steps: 2, DreamBoothLoRA.batch_size: 2}"]
@@ -69,3 +70,18 @@ def test_the_benchmark_runs(tmp_path):
     script = Path(__file__).parent/"benchmarks"/"speed.py"
     subprocess.run([sys.executable, str(script), "--size", "tiny", "--repeats", "1", "--steps", "2", "--batches", "1", "4", "--json", str(tmp_path/"found.json")], check=True)
     assert all(v["per_second"] > 0 for k, v in json.loads((tmp_path/"found.json").read_text()).items() if k != "environment")
+
+def test_checkpoints_that_cannot_be_downloaded_stop_the_run_before_it_starts(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DIFFDA_CHECKPOINTS", str(models))
+    run = lambda *methods: cli.check_models(cli.planned_runs(paper_notebook("unidiffda/table02"), {"scale": "paper", "methods": list(methods), "tasks": ["caltech101"]}))
+    run("baseline", "real-guidance", "gif", "diffusemix")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("DIFFDA_CHECKPOINTS", str(tmp_path))
+    monkeypatch.setattr("diffda.jobs.find_checkpoint", lambda source, *mirrors: models if "clip" in source else None)
+    run("real-guidance", "diffusemix")
+    assert capsys.readouterr().out == "Checkpoints that are downloaded when their turn comes: stable-diffusion-v1-5/stable-diffusion-v1-5, timbrooks/instruct-pix2pix.\n"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run("baseline")
+    code = cli.main(["reproduce", "unidiffda/table02", "--scale", "paper", "--out", str(tmp_path/"out"), "--store", str(tmp_path/"store"), "-p", "methods=[diffusemix]"])
+    said = capsys.readouterr().err
+    assert code == 1 and "forbids to download" in said and said.count("timbrooks/instruct-pix2pix") == 1 and len(said.strip().splitlines()) == 1
