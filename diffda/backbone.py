@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMBEDDINGS', 'LORA', 'BACKBONES', 'SMALL', 'CHECKER', 'TOKENS', 'TUNING', 'Backbone', 'nano_guidance', 'get_backbone',
-           'companion', 'places', 'check_pipeline', 'source_key', 'backbone_key', 'precision', 'placed', 'device_of',
-           'AtOnce', 'load_pipeline', 'check_adaptation', 'load_editor', 'load_clip', 'load_checker', 'default_device',
-           'loading', 'opened', 'quiet', 'encode', 'shift_of', 'to_pixels', 'Diffusion', 'model_of', 'widened',
-           'class_words', 'check_runs', 'settled']
+           'companion', 'places', 'check_pipeline', 'source_key', 'backbone_key', 'precision', 'chosen_precision',
+           'placed', 'device_of', 'AtOnce', 'load_pipeline', 'check_adaptation', 'load_editor', 'load_clip',
+           'load_checker', 'default_device', 'loading', 'opened', 'quiet', 'encode', 'shift_of', 'to_pixels',
+           'Diffusion', 'model_of', 'widened', 'class_words', 'check_runs', 'settled']
 
 # %% ../nbs/06_backbone.ipynb #f0434037
 import contextlib, dataclasses, functools, os, warnings
@@ -136,6 +136,12 @@ def precision(device) -> torch.dtype:
     "The number format of a pipeline: that of $DIFFDA_PRECISION (fp16 by default) on a GPU, single precision elsewhere."
     return lookup(os.environ.get("DIFFDA_PRECISION") or "fp16", _PRECISIONS, "precision (DIFFDA_PRECISION)") if str(device).startswith("cuda") else torch.float32
 
+def chosen_precision() -> dict:
+    "What $DIFFDA_PRECISION adds to the configuration of a stage: nothing, unless it asks for another format than half precision."
+    name = os.environ.get("DIFFDA_PRECISION") or "fp16"
+    lookup(name, _PRECISIONS, "precision (DIFFDA_PRECISION)")
+    return {} if name == "fp16" else {"precision": name}
+
 SMALL = 16*2**30          # bytes of a GPU below which the autoencoder works on one image at a time
 
 def placed(pipe, device:str, cast:bool=True):
@@ -168,6 +174,15 @@ class AtOnce:
         self.n = max(self.group, tried//2//self.group*self.group)
         if not self.told: warnings.warn(f"{tried} {self.what} at once are too many for the memory; going on with {self.n}, and fewer if need be. The result is the same.", stacklevel=2)
         self.told = True
+
+    def over(self, items, work) -> list:
+        "`work(piece)` of consecutive pieces of `items` in one list: one result for each item."
+        out = []
+        while len(out) < len(items):
+            now = items[len(out):len(out) + self.n]
+            try: out += [x for _, x in zip(now, work(now), strict=True)]
+            except RuntimeError as e: self.halve(len(now), e)
+        return out
 
 # %% ../nbs/06_backbone.ipynb #1c4e08d1
 @functools.lru_cache(maxsize=1)
@@ -220,7 +235,7 @@ def load_clip(b:Backbone, device:str):
     "(CLIP model, its tokenizer, its image processor) of a backbone, in single precision, frozen."
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
     model, *others = opened(b.name, lambda place: [kind.from_pretrained(place) for kind in (CLIPModel, CLIPTokenizer, CLIPImageProcessor)], places(companion(b, "clip")))
-    return model.to(device).eval().requires_grad_(False), *others
+    return model.float().to(device).eval().requires_grad_(False), *others
 
 CHECKER = "CompVis/stable-diffusion-safety-checker"
 
@@ -234,7 +249,7 @@ def load_checker(b:Backbone, device:str):
         folders = ("safety_checker", "feature_extractor") if place in own else ("", "")
         return [kind.from_pretrained(place, subfolder=f) for kind, f in zip((StableDiffusionSafetyChecker, CLIPImageProcessor), folders)]
     checker, processor = opened(b.name, load, [*own, *places(CHECKER)])
-    checker.to(device).eval()
+    checker.float().to(device).eval()
     def flagged(images) -> list:
         with quiet(): return checker(processor(images=list(images), return_tensors="pt").pixel_values.to(device), np.zeros((len(images), 1)))[1]      # it would blacken its second argument
     return flagged

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from .backbone import default_device, places, precision, quiet, source_key
+from .backbone import chosen_precision, default_device, places, precision, quiet, source_key
 from .core import DiffDAError, Stage, Store, digest, file_digest, lookup, read_json, write_json
 from .finetune import Captioned
 from .generate import SDEdit, chosen
@@ -126,7 +126,8 @@ def caption(images, captioner="blip2", device:str=None, batch_size:int=16, progr
 def captions_file(split, captioner, store:Store=None, batch_size:int=16, progress:bool=True) -> Path:
     "The file {image id: caption} with the captions of the training images of `split`, a stage of `store`; what is missing in it is made first."
     c, store = get_captioner(captioner), store or Store()
-    stage = Stage("captions", _known(c), (split.digest,))
+    own = chosen_precision() if c.kind == "blip2" else {}                    # chat models have a format of their own
+    stage = Stage("captions", {"captioner": _known(c), **own} if own else _known(c), (split.digest,))
     def work(folder):
         _caption_rest(split.train, c, folder/"captions.json", batch_size, progress)
         load_captioner.cache_clear()

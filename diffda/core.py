@@ -176,7 +176,10 @@ def resumable(n_steps:int, step, state:dict, path, every_s:float=15, desc:str=""
     if path.exists():
         try: saved = torch.load(path, map_location="cpu", weights_only=True); history = saved.pop("history")
         except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as e: raise DiffDAError(f"Checkpoint {path} is damaged; delete it and run again: this training starts anew, all else is kept.") from e
-        for name, obj in state.items(): obj.load_state_dict(saved[name])
+        for name, obj in state.items():
+            if isinstance(obj, torch.amp.GradScaler) and not saved.get(name): continue           # what was begun on a CPU, or in another number format, had none
+            if name not in saved: raise DiffDAError(f"Checkpoint {path} has no {name!r}, so another version wrote it; delete it and run again: this training starts anew, all else is kept.")
+            obj.load_state_dict(saved[name])
     last, took = time.time(), 0.
     for i in tqdm(range(len(history), n_steps), desc=desc, initial=len(history), total=n_steps,
                   disable=not progress, mininterval=10, leave=False):

@@ -81,20 +81,21 @@ class Latents:
     "The latent distributions of the `views(image, id)` of each image of `samples`, encoded once."
     def __init__(self, pipe, samples, views, resolution:int, progress:bool=False):
         self.factor, self.shift, self.first, self.ends, ready, waiting = pipe.vae.config.scaling_factor, shift_of(pipe.vae), [], [], [], []
+        pieces, encode = AtOnce(_ENCODED), functools.partial(self._encode, pipe)
         for i in tqdm(range(len(samples)), desc="encode", disable=not progress, mininterval=10, leave=False):
             seen = views(samples.read(i), samples.ids[i])
-            self.first.append(len(ready)*_ENCODED + len(waiting))
+            self.first.append(len(ready) + len(waiting))
             self.ends.append(torch.tensor([share for _, share in seen], dtype=torch.float64).cumsum(0)[:-1])
             waiting += [to_pixels(im, resolution) for im, _ in seen]
-            while len(waiting) >= _ENCODED: ready.append(self._encode(pipe, waiting[:_ENCODED])); waiting = waiting[_ENCODED:]
-        if waiting: ready.append(self._encode(pipe, waiting))
-        self.mean, self.std = (torch.cat(x) for x in zip(*ready))
+            while len(waiting) >= _ENCODED: ready += pieces.over(waiting[:_ENCODED], encode); waiting = waiting[_ENCODED:]
+        ready += pieces.over(waiting, encode)
+        self.mean, self.std = (torch.stack(x) for x in zip(*ready))
 
     @staticmethod
     @torch.no_grad()
     def _encode(pipe, pixels):
         found = pipe.vae.encode(torch.stack(pixels).to(pipe.device, pipe.vae.dtype)).latent_dist
-        return found.mean.cpu(), found.std.cpu()
+        return list(zip(found.mean.cpu(), found.std.cpu()))
 
     @property
     def shape(self): return self.mean.shape[1:]

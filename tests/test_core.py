@@ -231,3 +231,13 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
     (tmp_path/"c.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(core.DiffDAError, match="c.pt is damaged; delete it and run again"):
         core.resumable(3, lambda i: i, {}, tmp_path/"c.pt", progress=False)
+
+def test_a_checkpoint_from_before_there_was_a_scaler(tmp_path):
+    "Training that began on a CPU has no state of a gradient scaler, and goes on where there is one."
+    walk = Walk()
+    resumable(2, walk.step, {"walk": walk, "scaler": torch.amp.GradScaler("cpu", enabled=False)}, tmp_path/"a.pt", progress=False)
+    resumable(2, walk.step, {"walk": walk}, tmp_path/"b.pt", progress=False)
+    for name in "ab":
+        again, scaler = Walk(), torch.amp.GradScaler("cpu", init_scale=8.)
+        assert len(resumable(3, again.step, {"walk": again, "scaler": scaler}, tmp_path/f"{name}.pt", progress=False)) == 3 and scaler.get_scale() == 8.
+    with pytest.raises(DiffDAError, match="has no 'other', so another version wrote it"): resumable(3, walk.step, {"other": walk}, tmp_path/"b.pt", progress=False)

@@ -3,6 +3,7 @@ import dataclasses, json, math, shutil
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
 
 from diffda import data, pipeline, train
 from diffda.core import DiffDAError, Store, generator_for, make_dir
@@ -10,7 +11,7 @@ from diffda.data import Recipe, get_split, get_task
 from diffda.backbone import BACKBONES, LORA
 from diffda.generate import SDEdit, SyntheticPool
 from diffda.method import FineTune, Method, get_method, list_methods
-from diffda.pipeline import adaptation_of, adaptation_stages, as_row, plan, pool_of, pool_stage, record_of, run_all, train_stage
+from diffda.pipeline import adaptation_of, adaptation_stages, array_of, as_row, plan, pool_of, pool_stage, record_of, run_all, train_stage
 from diffda.train import batches
 
 TASK = dataclasses.replace(get_task("nano-scans-25"), shots=2, val_per_class=2)
@@ -294,6 +295,15 @@ def test_names(args, says):
                                            (dict(equal="time"), "equal"), (dict(augment="mixap"), "did you mean mixup"), (dict(strength=.1, num_inference_steps=5), "0 steps")])
 def test_settings(changes, says):
     with pytest.raises(DiffDAError, match=says): plan(["real-guidance"], [TASK], **changes)
+
+def test_a_setting_of_a_method_that_another_call_plans():
+    "A table plans its methods in several calls with the same changes; what one of them lacks is not unknown."
+    assert plan(["baseline"], [TASK], (0,), epsilon=.5) == plan(["baseline"], [TASK], (0,)) and plan(["gif"], [TASK], (0,), epsilon=.5)[0].method.generate.epsilon == .5
+
+def test_an_array_of_another_pool_is_not_taken(store):
+    read = lambda i: Image.new("RGB", (8, 8))
+    array_of("pool", "key", 3, read, 8, store)
+    with pytest.raises(DiffDAError, match="holds 3 images where there are 4 now; delete .* and run again"): array_of("pool", "key", 4, read, 8, store)
 
 def test_overrides_by_family_and_task_and_then_by_hand():
     rg = get_method("real-guidance")

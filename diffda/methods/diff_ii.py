@@ -11,7 +11,7 @@ import dataclasses, math
 import filelock, numpy as np, torch
 from tqdm.auto import tqdm
 
-from ..backbone import backbone_key, load_pipeline, quiet, source_key
+from ..backbone import AtOnce, backbone_key, load_pipeline, quiet, source_key
 from ..core import DiffDAError, digest, generator_for, make_dir, writing
 from ..finetune import DreamBoothLoRA, TextualInversion
 from ..generate import Generate, chosen
@@ -102,7 +102,9 @@ class CircleInterpolation(Generate):
 
     def again(self, row, seed, split):
         row = super().again(row, seed, split)
-        return row | self._partner(row, of_class(split.train)[row["source_label"]])
+        row |= self._partner(row, of_class(split.train)[row["source_label"]])
+        if row["partner"] or not self.suffix_fraction: return row
+        return row | dict(prompt=f"{row['plain_prompt']} {self._suffix(row, split.task)}.")          # without a partner, the phrase is all that is drawn
 
     def _partner(self, row, ids):
         others = [i for i in ids if i != row["source_id"]]
@@ -141,6 +143,7 @@ def inversions(studio, ids, part:CircleInterpolation, size:int=32) -> dict:
 
 def _invert_split(studio, path, folder, steps, size):
     ids, plain = studio.split.train.ids, {r["source_id"]: r["plain_prompt"] for r in studio.rows}
+    pieces = AtOnce(size)
     with tqdm(total=math.ceil(len(ids)/size), desc="invert", leave=False, delay=60, mininterval=10) as bar:
         for wait in (0, -1):            # first what no other process is at, then wait for what one was
             for n in range(0, len(ids), size):
@@ -148,13 +151,13 @@ def _invert_split(studio, path, folder, steps, size):
                 if all(path(i).exists() for i in batch): continue
                 try:
                     with filelock.FileLock(folder/f".{n}.lock", timeout=wait):
-                        if not all(path(i).exists() for i in batch): _invert_batch(studio, batch, path, plain, steps)
+                        if not all(path(i).exists() for i in batch): _invert_batch(studio, batch, path, plain, steps, pieces)
                     bar.update()
                 except filelock.Timeout: pass
 
-def _invert_batch(studio, ids, path, plain, steps):
-    z = invert(studio.pipe, studio.latents([{"source_id": i} for i in ids]), studio.prompts.texts([plain[i] for i in ids]), steps)
-    for i, x in zip(ids, z.cpu().numpy()):
+def _invert_batch(studio, ids, path, plain, steps, pieces):
+    noise = lambda now: invert(studio.pipe, studio.latents([{"source_id": i} for i in now]), studio.prompts.texts([plain[i] for i in now]), steps).cpu().numpy()
+    for i, x in zip(ids, pieces.over(ids, noise)):
         make_dir(path(i).parent)
         with writing(path(i)) as temp: np.save(temp, x)
 
