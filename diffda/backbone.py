@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDINGS', 'LORA', 'BACKBONES', 'SMALL', 'CHECKER', 'TOKENS', 'TUNING', 'Backbone', 'nano_guidance', 'get_backbone',
            'companion', 'places', 'check_pipeline', 'source_key', 'backbone_key', 'precision', 'chosen_precision',
            'placed', 'device_of', 'AtOnce', 'load_pipeline', 'check_adaptation', 'load_editor', 'load_clip',
-           'load_checker', 'default_device', 'loading', 'opened', 'quiet', 'encode', 'shift_of', 'to_pixels',
+           'load_checker', 'default_device', 'loading', 'opened', 'whole', 'quiet', 'encode', 'shift_of', 'to_pixels',
            'Diffusion', 'model_of', 'widened', 'class_words', 'check_runs', 'settled']
 
 # %% ../nbs/06_backbone.ipynb #f0434037
@@ -200,7 +200,7 @@ def load_pipeline(b:Backbone, device:str, adaptation:str=None, lcm:bool=False):
     swap, lora = {}, places(companion(b, "lcm")) if lcm else None
     if unet:
         with loading(b.name, adaptation): swap["unet"] = UNet2DConditionModel.from_pretrained(adaptation, subfolder="unet")
-    pipe = opened(b.name, lambda place: StableDiffusionImg2ImgPipeline.from_pretrained(place, safety_checker=None, requires_safety_checker=False, **swap), places(b.source, *b.mirrors))
+    pipe = opened(b.name, lambda place: whole(StableDiffusionImg2ImgPipeline.from_pretrained(place, safety_checker=None, requires_safety_checker=False, **swap)), places(b.source, *b.mirrors))
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2)
     names = []
     if adaptation:
@@ -226,7 +226,7 @@ def load_editor(b:Backbone, device:str):
     from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionInstructPix2PixPipeline
     where = places(companion(b, "editor"))
     check_pipeline(where[0], ("StableDiffusionInstructPix2PixPipeline",), "an InstructPix2Pix checkpoint")
-    pipe = opened(b.name, lambda place: StableDiffusionInstructPix2PixPipeline.from_pretrained(place, safety_checker=None, requires_safety_checker=False), where)
+    pipe = opened(b.name, lambda place: whole(StableDiffusionInstructPix2PixPipeline.from_pretrained(place, safety_checker=None, requires_safety_checker=False)), where)
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     return placed(pipe, device)
 
@@ -280,6 +280,15 @@ def opened(name:str, load, where:list):
             with quiet(): return load(place)
         except _FAULTS as e: faults[place] = e
     raise _unloadable(name, faults) from faults[place]
+
+def whole(pipe):
+    "`pipe`, if its parts are there and fit; else an `OSError`, which `opened` explains."
+    for n in ("tokenizer", "tokenizer_2"):
+        if getattr(pipe, n, None) is not None and getattr(pipe, n).model_max_length > 10**6: raise OSError(f"the files of its {n} are missing")          # transformers makes an empty one
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    if network.config.out_channels != pipe.vae.config.latent_channels:
+        raise OSError(f"its autoencoder has {pipe.vae.config.latent_channels} channels and its network {network.config.out_channels}, so they are of different models")
+    return pipe
 
 @contextlib.contextmanager
 def quiet():

@@ -27,10 +27,11 @@ def lookup(name:str, known, what:str):
 
 # %% ../nbs/00_core.ipynb #c8474ad4
 def canonical(obj):
-    "`obj` as plain JSON values; raises `TypeError` for anything whose form could depend on the machine."
+    "`obj` as plain JSON values; raises `TypeError` for anything whose form could depend on the machine. Of a path `x` beside which stands `x_key`, a hash of the file, only the hash counts."
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         came_later = lambda f: f.metadata.get("later") and getattr(obj, f.name) == f.default
-        fields = {f.name: canonical(getattr(obj, f.name)) for f in dataclasses.fields(obj) if not came_later(f)}
+        by_content = lambda f: getattr(obj, f"{f.name}_key", None) is not None
+        fields = {f.name: canonical(getattr(obj, f.name)) for f in dataclasses.fields(obj) if not came_later(f) and not by_content(f)}
         own = {} if type(obj).__module__.startswith("diffda.") else {"code": _code(type(obj))}
         return {"class": type(obj).__name__, **own, **fields}
     if isinstance(obj, dict): return {str(k): canonical(v) for k, v in sorted(obj.items())}
@@ -141,8 +142,8 @@ def default_store() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()/"diffda"
 
 class Store:
-    "Finished work by key, in the folder `root` (default: `default_store()`)."
-    def __init__(self, root=None): self.root = make_dir(Path(root or default_store()).expanduser().absolute())
+    "Finished work by key, in the folder `root` (default: `default_store()`), which is made when there is something to keep."
+    def __init__(self, root=None): self.root = Path(root or default_store()).expanduser().absolute()
     def __repr__(self): return f"Store({str(self.root)!r})"
     def dir(self, stage:Stage) -> Path: return self.root/stage.kind/stage.key
     def done(self, stage:Stage) -> bool:

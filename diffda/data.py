@@ -68,7 +68,7 @@ class Problems:
     def add(self, kind:str, what):
         "Note one problem: its `kind` ('missing file'), and `what` shows it (a path, a line)."
         self.found.setdefault(kind, []).append(what)
-    def tell(self, then:str="Get the dataset again, or mend these files."):
+    def tell(self, then:str="Mend these files, or get the dataset again."):
         "Raise `DiffDAError` if there was any; `then` says what to do."
         if not self.found: return
         show = lambda w: str(w.relative_to(self.root) if isinstance(w, Path) and w.is_relative_to(self.root) else w).encode("utf-8", "backslashreplace").decode()
@@ -313,7 +313,7 @@ class Split:
 
 def make_split(task:Task, seed:int, dataset:Dataset) -> Split:
     "Draw a trial of `task` from `dataset`; a class that is too small is an error."
-    train, val = [], []
+    train, val, small = [], [], []
     for label, name in enumerate(dataset.class_names):
         idx = np.flatnonzero(dataset.train.labels == label)
         order = idx[ranked([dataset.train.ids[i] for i in idx], seed)]
@@ -322,10 +322,12 @@ def make_split(task:Task, seed:int, dataset:Dataset) -> Split:
         if dataset.train.groups:                                   # no lesion or patient on both sides
             taken = {dataset.train.groups[i] for i in order[:shots]}
             spare = [i for i in spare if dataset.train.groups[i] not in taken]
-        if len(order) < shots or len(spare) < task.val_per_class:
-            raise DiffDAError(f"Class {name!r} of {task.dataset} has {len(order)} images; task {task.name!r} needs {shots} to train"
-                              + (f" and {task.val_per_class} to validate." if task.val_per_class else "."))
+        if len(order) < shots or len(spare) < task.val_per_class: small.append((name, len(order), shots))
         train += list(order[:shots]); val += list(spare[:task.val_per_class])
+    if small:
+        name, found, shots = small[0]
+        raise DiffDAError(f"Class {name!r} of {task.dataset} has {found} images; task {task.name!r} needs {shots} to train" + (f" and {task.val_per_class} to validate." if task.val_per_class else ".")
+                          + (f" {len(small) - 1} more of the {len(dataset.class_names)} classes are too small: {', '.join(n for n, *_ in small[1:6])}{', …' if len(small) > 6 else ''}." if len(small) > 1 else ""))
     parts = [dataset.train.take(train), dataset.train.take(val) if val else None, dataset.test]
     content = [[list(p.ids), p.labels.tolist(), [p.mark(i) for i in range(len(p))]] if p else None for p in (*parts, *dataset.also.values())]
     return Split(task, seed, dataset.class_names, *parts, digest([dataset.class_names, content]), dataset.also)
@@ -355,8 +357,8 @@ def split_file(task:Task, folder=None) -> Path:
 def read_split_file(task:Task, folder=None) -> dict:
     "What the split file of `task` in `folder` (default: data_splits) says, or an empty dict; only for the task exactly as it is registered."
     path = split_file(task, folder)
-    try: return read_json(path) if path.exists() and TASKS.get(task.name) == task else {}
-    except ValueError as e: raise DiffDAError(f"The split file {path} is damaged ({e}); put back the published one, or export it again.") from e
+    try: return dict(read_json(path)) if path.exists() and TASKS.get(task.name) == task else {}
+    except (ValueError, TypeError) as e: raise DiffDAError(f"The split file {path} is damaged ({e}); put back the published one, or export it again.") from e
 
 def write_split_file(task:Task, folder, seeds=(0, 1, 2)):
     "Publish the splits of `task` in `folder`: rule, counts, digests and ids. Returns the path."

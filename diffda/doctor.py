@@ -10,7 +10,7 @@ __all__ = ['GIGABYTES', 'find_checkpoint', 'checkpoints_of', 'Finding', 'check_d
 import dataclasses, shutil
 from pathlib import Path
 
-from .backbone import default_device, get_backbone, places, settled
+from .backbone import CHECKER, default_device, get_backbone, places, settled
 from .caption import CAPTIONERS
 from .core import DiffDAError, default_store, make_dir
 from .data import RULE, data_root, get_split, get_task, list_tasks, load_dataset, make_split, read_split_file, splits_dir
@@ -33,17 +33,21 @@ def find_checkpoint(source:str, *mirrors):
             if isinstance(found, str): return Path(found).parent
     return None
 
-def checkpoints_of(tasks, methods=None) -> dict:
-    "{source: (mirrors, what needs it)} of the checkpoints for `methods` (names; default: those that the tasks' own papers run) on `tasks`."
+def checkpoints_of(tasks, methods=None, safety:bool=False) -> dict:
+    "{source: (mirrors, what needs it)} of the checkpoints for `methods` (names; default: those that the tasks' own papers run) on `tasks`, with the safety checker or without."
     out = {}
     def need(source, mirrors, who):
         if source: out.setdefault(source, (mirrors, []))[1].append(who)
     for name in dict.fromkeys(t.backbone for t in tasks):
         b = get_backbone(name)
         wanted = methods or [m for m in list_methods() if any(m in set(recipe(t.paper).part) for t in tasks if t.backbone == name)]
-        if any(get_method(m).generate for m in wanted): need(b.source, b.mirrors, f"generator {name}")
+        if any(get_method(m).generate for m in wanted):
+            need(b.source, b.mirrors, f"generator {name}")
+            here = find_checkpoint(b.source, *b.mirrors)
+            if safety and b.kind == "sd" and (name.partition("@")[0] == "sd21" or here and not (here/"safety_checker").is_dir()): need(CHECKER, (), "the safety checker")          # 2.1 came without one
         for m in wanted:
             part = get_method(m).generate
+            if getattr(part, "sd_only", None) and b.kind != "sd": continue                       # is refused before it needs anything
             for field in part.uses if part else (): need(getattr(b, field), (), get_method(m).title)
             for tuned in get_method(m).finetune.parts if get_method(m).finetune else ():
                 told = getattr(settled(tuned, b), "captions", None) if not getattr(tuned, "sd_only", None) or b.kind == "sd" else None
@@ -57,7 +61,7 @@ class Finding:
     what: str
     ok: bool
     says: str
-    def __str__(self): return f"{'ok     ' if self.ok else 'MISSING'}  {self.what}: {self.says}"
+    def __str__(self): return f"{'ok     ' if self.ok else 'PROBLEM'}  {self.what}: {self.says}"
 
 def check_data(task, deep:bool=False, also:str="") -> Finding:
     "Whether the images of `task` are there, whole, and enough for its shots; `also` names the tasks that want the same."
@@ -105,10 +109,10 @@ def images_of(task) -> int:
     counts = source.counts.get("original", {})
     return task.shots*source.classes if task.shots else counts.get("train") or round(.8*counts["all"])            # without a test part of its own, about a fifth is held out
 
-def room(task, copies:int=5) -> float:
-    "Gigabytes that `copies` synthetic images per real one take: PNG files, and the small array that training reads."
+def room(task, copies:int=5, real:int=None) -> float:
+    "Gigabytes that `copies` synthetic images for each of `real` ones (default: the task's) take: PNG files, and the small array that training reads."
     side = get_backbone(task.backbone).resolution
-    return images_of(task)*copies*(1.8*side**2 + 3*task.recipe.resize**2)/1e9                      # a photograph as PNG has some 1.8 bytes per pixel
+    return (images_of(task) if real is None else real)*copies*(1.8*side**2 + 3*task.recipe.resize**2)/1e9                      # a photograph as PNG has some 1.8 bytes per pixel
 
 def fetch(source):
     "Download the dataset of `source` to where it is looked for, if a library can; what goes wrong is one sentence."
@@ -120,9 +124,10 @@ def fetch(source):
     finally:
         if not any(root.iterdir()): root.rmdir()
 
-def doctor(tasks=None, deep:bool=False, store=None, download:bool=False) -> list:
-    "All findings for `tasks` (names; default: every task of the papers' scale); with `download`, what libraries can fetch is fetched first."
+def doctor(tasks=None, deep:bool=False, store=None, download:bool=False, backbone:str=None) -> list:
+    "All findings for `tasks` (names; default: every task of the papers' scale) with their own generators or `backbone`; with `download`, what libraries can fetch is fetched first."
     tasks = [get_task(t) for t in tasks or list_tasks("paper")]
+    if backbone: get_backbone(backbone); tasks = [dataclasses.replace(t, backbone=backbone) for t in tasks]
     for name in dict.fromkeys(t.dataset for t in tasks) if download else ():
         if known_source(name): fetch(known_source(name))
     alike = {}                                             # a dataset that is not there is missed once, and tasks that differ in the classifier share their data
@@ -136,7 +141,7 @@ def verify(task, folder=None) -> Finding:
     "Whether the images that the rule picks for `task` here are those in its split file (in `folder`, default: data_splits)."
     what, listed = f"split of {task.name}", read_split_file(task, folder)
     if not listed: return Finding(what, False, f"there is no split file for it in {folder or splits_dir()}; `diffda splits export {task.name}` writes one into ./splits.")
-    if not listed["digests"]: return Finding(what, False, f"its file states the rule and no digest, because the data is not ours to list; where the data is, `diffda splits export {task.name}` writes the list into ./splits, which `diffda splits verify` looks at first.")
+    if not listed.get("digests"): return Finding(what, False, f"its file states the rule and no digest, because the labels, which the list depends on, come with the data; where the data is, `diffda splits export {task.name}` writes the list into ./splits, which `diffda splits verify` looks at first.")
     try: data = load_dataset(task)
     except DiffDAError as e: return Finding(what, False, str(e))
     wrong = [s for s, digest in listed["digests"].items() if make_split(task, int(s), data).digest != digest]
@@ -147,5 +152,6 @@ def rule_file(task) -> dict:
     "What the split file of `task` says while nobody has listed its images: the rule, the classes (their number, where a file of the dataset lists them) and the counts to expect."
     source = known_source(task.dataset)
     counts = source.counts.get("original", {})
+    exact = task.shots or "train" in counts                                  # how many are held out of classes or patients is known where the data is
     return {"task": task.name, "dataset": task.dataset, "classes": list(source.class_names) or source.classes, "rule": RULE, "shots": task.shots, "val_per_class": task.val_per_class,
-            "counts": {"train": images_of(task), "val": 0, **({"test": counts["test"]} if "test" in counts else {})}, "digests": {}}
+            "counts": {**({"train": images_of(task)} if exact else {}), "val": 0, **({"test": counts["test"]} if "test" in counts else {})}, "digests": {}}

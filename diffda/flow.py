@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from .backbone import EMBEDDINGS, LORA, Backbone, Diffusion, check_adaptation, device_of, loading, opened, placed, places, precision
+from .backbone import EMBEDDINGS, LORA, Backbone, Diffusion, check_adaptation, device_of, loading, opened, placed, places, precision, whole
 from .core import DiffDAError, seeded
 
 # %% ../nbs/09_flow.ipynb #b6f8253d
@@ -24,7 +24,7 @@ def load_flow(b:Backbone, device:str, adaptation:str=None):
         less = dict.fromkeys(("text_encoder_3", "tokenizer_3")) if Path(place).is_dir() and not (Path(place)/"text_encoder_3").is_dir() else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)               # newer versions call torch_dtype dtype, which older ones do not know
-            return StableDiffusion3Img2ImgPipeline.from_pretrained(place, torch_dtype=precision(device), **less)
+            return whole(StableDiffusion3Img2ImgPipeline.from_pretrained(place, torch_dtype=precision(device), **less))
     pipe = opened(b.name, load, places(b.source, *b.mirrors))
     end_at_the_end(pipe)
     if adaptation:

@@ -14,8 +14,8 @@ from .backbone import get_backbone
 from .core import Store
 from .data import get_split
 from .datasets.base import known_source, source_folder
-from .doctor import GIGABYTES, checkpoints_of, find_checkpoint, images_of
-from .pipeline import FALLBACK, measured, part_name, stages_of, steps_of
+from .doctor import GIGABYTES, checkpoints_of, find_checkpoint, images_of, room
+from .pipeline import fallback, measured, part_name, rate_key, stages_of, steps_of
 from .report import paper_values
 
 # %% ../nbs/16_jobs.ipynb #8d2a7f1c
@@ -70,11 +70,13 @@ def job_graph(runs, store:Store) -> pd.DataFrame:
             row = rows.setdefault(stage.key, dict(kind=kind, part=part_name(part), methods=[], task=run.task.name, seed=run.seed, done=store.done(stage)))
             if run.title not in row["methods"]: row["methods"].append(run.title)
             if "hours" in row: continue
-            rate = rates.get((kind, run.task.scale, row["part"]))
-            hours = work/rate/3600 if rate else by_table17(kind, run, n, part, work) if run.task.scale == "paper" else work/FALLBACK[run.task.scale, kind]/3600
+            rate, paper = rates.get(rate_key(run, kind, part)), run.task.scale == "paper"
+            larger = (b.resolution/512)**2 if kind != "train" else 1.                      # the table's generator works at 512 pixels
+            hours = work/rate/3600 if rate else by_table17(kind, run, n, part, work)*larger if paper else work/fallback(run, kind)/3600
+            known = "measured" if rate else "assumed" if not paper else "Table 17" if kind == "train" or (b.kind, b.resolution) == ("sd", 512) else "Table 17, by the number of pixels"
             row |= dict(images=n*part.num_copies if kind == "pool" else work if kind == "train" else 0,
-                        steps=work//(getattr(part, "batch_size", None) or 8) if kind == "adaptation" else 0, hours=hours, known="measured" if rate else "Table 17" if run.task.scale == "paper" else "assumed",
-                        gigabytes=n*part.num_copies*1.8*b.resolution**2/1e9 if kind == "pool" else 0.)
+                        steps=work//(getattr(part, "batch_size", None) or 8) if kind == "adaptation" else 0, hours=hours, known=known,
+                        gigabytes=room(run.task, part.num_copies, n) if kind == "pool" else 0.)
     return pd.DataFrame(rows.values(), index=list(rows))
 
 # %% ../nbs/16_jobs.ipynb #193c7c3b
@@ -109,7 +111,7 @@ def _by_method(jobs):
 def lacking(runs) -> tuple:
     "(sources of datasets, ids of checkpoints) that `runs` need and this machine does not have."
     tasks = list({r.task.name: r.task for r in runs}.values())
-    models = checkpoints_of(tasks, list(dict.fromkeys(r.method.name for r in runs)))
+    models = checkpoints_of(tasks, list(dict.fromkeys(r.method.name for r in runs)), safety=any(r.safety for r in runs))
     return ([s for s in map(known_source, dict.fromkeys(t.dataset for t in tasks)) if s and not source_folder(s)],
             [s for s, (mirrors, _) in models.items() if not find_checkpoint(s, *mirrors)])
 

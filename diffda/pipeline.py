@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FALLBACK', 'ENOUGH', 'Run', 'plan', 'adaptation_stages', 'pool_stage', 'train_stage', 'adaptation_of', 'pool_of',
            'array_of', 'record_of', 'share_of', 'stages_of', 'estimate', 'images_tuned', 'steps_of', 'images_drawn',
-           'images_seen', 'effort', 'part_name', 'machine', 'measured', 'as_row', 'run_all']
+           'images_seen', 'effort', 'size_of', 'rate_key', 'fallback', 'part_name', 'machine', 'measured', 'as_row',
+           'run_all']
 
 # %% ../nbs/13_pipeline.ipynb #9c4d282e
 import dataclasses, functools, json, os
@@ -210,7 +211,7 @@ def estimate(runs, store:Store) -> str:
     stages, rates = {}, measured(store)
     for r in runs:
         for s, part, work in stages_of(r, get_split(r.task, r.seed)):
-            stages[s.key] = (store.done(s), s.kind, work/rates.get((s.kind, r.task.scale, part_name(part)), FALLBACK[r.task.scale, s.kind]))
+            stages[s.key] = (store.done(s), s.kind, work/(rates.get(rate_key(r, s.kind, part)) or fallback(r, s.kind)))
     todo = [v for v in stages.values() if not v[0]]
     seconds = sum(v[2] for v in todo)
     n = {k: sum(v[1] == k for v in todo) for k in ("adaptation", "pool", "train")}
@@ -242,7 +243,18 @@ def images_seen(run:Run, n_real:int) -> int:
 
 def effort(run:Run, part, work:float) -> dict:
     "What `measured` reads later: the work of a stage in images, and where it was done."
-    return {"work": work, "part": part_name(part), "scale": run.task.scale, "machine": machine()}
+    return {"work": work, "part": part_name(part), "at": size_of(run, part), "scale": run.task.scale, "machine": machine()}
+
+def size_of(run:Run, part) -> str:
+    "What else than the part makes a stage slow: its generator and the resolution, or the classifier's resolution."
+    return str(run.task.recipe.crop) if isinstance(part, str) else run.task.backbone
+
+def rate_key(run:Run, kind:str, part) -> tuple: return kind, run.task.scale, part_name(part), size_of(run, part)
+
+def fallback(run:Run, kind:str) -> float:
+    "Images per second where nothing has been measured."
+    small = run.task.scale == "nano" and (kind == "train" or get_backbone(run.task.backbone).resolution <= 64)
+    return FALLBACK["nano" if small else "paper", kind]
 
 def part_name(part) -> str:
     "The class of a part, or the name of a classifier."
@@ -255,12 +267,12 @@ def machine() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
 
 def measured(store:Store) -> dict:
-    "{(kind, scale, part): images per second} of the last finished stages of each kind on this machine; those that were interrupted and very small ones do not count."
+    "{(kind, scale, part, size): images per second} of the last finished stages of each kind on this machine; those that were interrupted and very small ones do not count."
     seen, done = {}, [p for kind in ("adaptation", "pool", "train") for p in (store.root/kind).glob("*/DONE")]
     for path in sorted(done, key=lambda p: p.stat().st_mtime)[-300:]:
         try: d = read_json(path)
         except ValueError: continue
-        if d.get("machine") == machine() and not d.get("resumed") and d["seconds"] > 0 and d["work"] >= ENOUGH[path.parts[-3]]: seen.setdefault((path.parts[-3], d["scale"], d["part"]), []).append((d["work"], d["seconds"]))
+        if d.get("machine") == machine() and not d.get("resumed") and d["seconds"] > 0 and d["work"] >= ENOUGH[path.parts[-3]]: seen.setdefault((path.parts[-3], d["scale"], d["part"], d.get("at")), []).append((d["work"], d["seconds"]))
     return {k: sum(w for w, _ in v[-20:])/sum(s for _, s in v[-20:]) for k, v in seen.items()}
 
 ENOUGH = {"adaptation": 1000, "pool": 200, "train": 3000}              # images below which a stage's time is mostly its start

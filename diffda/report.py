@@ -8,7 +8,7 @@ __all__ = ['AXES', 'METRICS', 'list_papers', 'paper_notebook', 'paper_values', '
            'bootstrap_interval', 'Verdict', 'judge', 'verdict_table', 'beats', 'save_results']
 
 # %% ../nbs/14_report.ipynb #29cbb3ed
-import dataclasses, json, math
+import dataclasses, json, math, os
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
@@ -101,8 +101,10 @@ def table(records:pd.DataFrame, item:str, value:str="top1", settings:dict=None) 
     paper = paper_values(item) if item in _items(".csv") else None
     cells = [_paper_cell(paper, r, value) for r in rows.to_dict("records")]
     rows["paper_mean"], rows["paper_std"] = zip(*cells)
-    changed = {k: v for k, v in (settings or {}).items() if v and (k, v) not in (("protocol", "paper"), ("equal", "epochs"))}
-    if changed: rows["changed"] = ", ".join(f"{k} = {v}" for k, v in changed.items())
+    usual = {"protocol": "paper", "equal": "epochs", "safety": 0}
+    changed = [f"{k} = {v}" for k, v in (settings or {}).items() if v is not None and (k not in usual or v != usual[k])]
+    if os.environ.get("DIFFDA_PARTIAL") and "paper" in set(rows.scale): changed.append("what there is of the data (DIFFDA_PARTIAL)")
+    if changed: rows["changed"] = ", ".join(changed)
     rows = rows[["method", "task", "metric", "mean", "std", "n", *axes, "row", "scale", "counterpart", "paper_mean", "paper_std", *share, *(["changed"] if changed else [])]]
     rows.attrs.update(item=item, value=value)
     return rows

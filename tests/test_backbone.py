@@ -86,6 +86,14 @@ def test_embeddings_of_prompts_do_not_pile_up(few, monkeypatch):
     assert list(prompts.by_text) == ["3", "1", "4", "5"] and asked[1:] == [["4", "5"]]
     assert prompts.texts([str(k) for k in range(10, 16)])[:, 1, 2].tolist() == [10, 11, 12, 13, 14, 15] and len(prompts.by_text) == 6      # what one call needs is never too much
 
+def test_a_checkpoint_put_together_from_other_ones(here, tmp_path):
+    lacks = shutil.copytree(here/SD15, tmp_path/"lacks"); shutil.rmtree(lacks/"tokenizer")
+    with pytest.raises(DiffDAError, match="the files of its tokenizer are missing"): load_pipeline(get_backbone(str(lacks)), "cpu")
+    alien = shutil.copytree(here/SD15, tmp_path/"alien")
+    from diffusers import AutoencoderKL
+    AutoencoderKL(**{**AutoencoderKL.load_config(alien, subfolder="vae"), "latent_channels": 16}).save_pretrained(alien/"vae")
+    with pytest.raises(DiffDAError, match="its autoencoder has 16 channels and its network 4, so they are of different models"): load_pipeline(get_backbone(str(alien)), "cpu")
+
 # where a checkpoint is
 
 def test_places(where, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from diffda import cli
 from diffda.core import DiffDAError
 from diffda.data import list_tasks
 from diffda.method import list_methods
+from diffda.report import paper_notebook
 
 COMMAND = [sys.executable, "-c", "import sys; from diffda.cli import main; sys.exit(main())"]
 
@@ -207,3 +208,13 @@ def test_build_nano_without_sources(tmp_path, capsys):
     assert call("build-nano", "--out", tmp_path/"world", "--sources", tmp_path, "--store", tmp_path/"store") == 1
     error = capsys.readouterr().err.strip()
     assert "idx files" in error and "\n" not in error
+
+
+def test_paths_in_parameters_count_from_where_the_command_was_given(tmp_path, monkeypatch):
+    "The kernel starts in the folder of the results."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"models"/"mine").mkdir(parents=True); (tmp_path/"ph.json").write_text("{}"); (tmp_path/"class").mkdir()
+    notebook = paper_notebook("unidiffda/table02")
+    read = lambda *pairs: cli.read_params(list(pairs), notebook)
+    assert read("backbone=models/mine@64") == {"backbone": f"{tmp_path}/models/mine@64"} and read("backbone=sd15@64") == {"backbone": "sd15@64"}
+    assert read("change={TextualInversion.phrases: ph.json, prompt: class, strength: 0.5}") == {"change": {"TextualInversion.phrases": f"{tmp_path}/ph.json", "prompt": "class", "strength": .5}}

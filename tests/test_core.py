@@ -142,7 +142,7 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path/"f").write_text("x")
     for bad in (tmp_path/"f", tmp_path/"f"/"sub"):
         with pytest.raises(DiffDAError, match=f"Cannot write {bad}: .*file"): make_dir(bad)
-        with pytest.raises(DiffDAError, match="Cannot write"): Store(bad)
+        with pytest.raises(DiffDAError, match="Cannot write"): Store(bad).run(Stage("toy", {}), lambda folder: {})
     assert (tmp_path/"f").read_text() == "x"
 
 # stages
@@ -188,7 +188,7 @@ def test_two_workers_share_one_stage(tmp_path):
 
 def test_default_store(monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFDA_HOME", str(tmp_path/"here"))
-    assert default_store() == tmp_path/"here" and Store().root == tmp_path/"here" and (tmp_path/"here").is_dir()
+    assert default_store() == tmp_path/"here" and Store().root == tmp_path/"here" and not (tmp_path/"here").exists()         # until there is something to keep
     monkeypatch.delenv("DIFFDA_HOME"); monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"cache"))
     assert default_store() == tmp_path/"cache"/"diffda"
     monkeypatch.delenv("XDG_CACHE_HOME"); monkeypatch.setenv("HOME", str(tmp_path))
@@ -241,3 +241,12 @@ def test_a_checkpoint_from_before_there_was_a_scaler(tmp_path):
         again, scaler = Walk(), torch.amp.GradScaler("cpu", init_scale=8.)
         assert len(resumable(3, again.step, {"walk": again, "scaler": scaler}, tmp_path/f"{name}.pt", progress=False)) == 3 and scaler.get_scale() == 8.
     with pytest.raises(DiffDAError, match="has no 'other', so another version wrote it"): resumable(3, walk.step, {"other": walk}, tmp_path/"b.pt", progress=False)
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    path: str = None
+    path_key: str = None
+
+def test_where_a_file_is_does_not_count_but_what_it_holds():
+    known = lambda *a: {k: v for k, v in canonical(Read(*a)).items() if k != "code"}
+    assert known("/a/x", "1f") == known("/b/x", "1f") == {"class": "Read", "path_key": "1f"} and known("attributes") == {"class": "Read", "path": "attributes", "path_key": None}

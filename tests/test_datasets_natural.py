@@ -439,6 +439,15 @@ def test_own_lists_broken(root):
     path.write_text('{"file_name": "cattrain0.jpg", "text": "a cat"}\n')
     told(path.parent, "has the columns file_name, text, and none for the label")
 
+def test_what_is_not_read_is_said(root):
+    folder = trees.class_folders(root)
+    for name in ("cat/a.heic", "dog/b.HEIC", "dog/c.avif", "dog/readme.txt", "dog/.DS_Store"): (folder/name).write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"holds 3 files with endings that are not read \(1 x .avif, 2 x .heic\) beside 12 images"): user_dataset(folder)
+    with pytest.raises(DiffDAError, match="test_share is between 0 and 1; found x"): user_dataset(folder, test_share="x")
+    with pytest.raises(DiffDAError, match="form of class names"): user_dataset(folder, names="zzz")
+    (root/"long.csv").write_text("path,label\n" + "x"*200_000 + ",cat\n")
+    with pytest.raises(DiffDAError, match="is no CSV file that can be read: line 2, field larger than"): user_dataset(root/"long.csv")
+
 def test_user_task(root, monkeypatch):
     folder = trees.class_folders(root, classes=("red_cat", "blue_dog"))
     monkeypatch.chdir(root)
@@ -451,6 +460,12 @@ def test_user_task(root, monkeypatch):
     with pytest.raises(DiffDAError, match="family"): user_task(folder, family="medcal")
     with pytest.raises(DiffDAError, match="names"): user_task(folder, names="read")
     with pytest.raises(DiffDAError, match=f"Class 'blue dog' of {folder} has 5 images; task 'mine' needs 6 to train"): get_split(dataclasses.replace(t, shots=6), 0)
+    with pytest.raises(DiffDAError, match="Class 'blue dog' of .* has 5 images; task 'mine' needs 9 to train. 1 more of the 2 classes are too small: red cat"): user_task(folder, 9)
+    with pytest.raises(DiffDAError, match="val_per_class is a whole number"): user_task(folder, val_per_class="2")
+    victim = sorted((folder/"red_cat").iterdir())[0]
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(DiffDAError, match=f"1 of the 12 images at {folder} cannot be read, first: Image {victim} is damaged"): user_task(folder, 3)
+    assert user_task(folder, 3, check=False).shots == 3
     trees.class_folders(root/"two", classes=("a_b", "a b"))
     with pytest.raises(DiffDAError, match="differ only in blanks and underscores"): user_task(root/"two"/"mine")
 

@@ -1,15 +1,15 @@
 "What a table will cost: counts and hours of the paper, without any data; and what doctor and the split tools say of data on disk."
-import dataclasses, json
+import dataclasses, json, math
 
 import pytest
 
 import trees_fine
 from diffda import cli, data
-from diffda.core import DiffDAError, Store
+from diffda.core import DiffDAError, Store, make_dir, write_json
 from diffda.data import get_split, get_task, list_tasks, read_split_file, split_file, write_split_file
-from diffda.doctor import check_data, doctor, find_checkpoint, images_of, rule_file, verify
+from diffda.doctor import check_data, doctor, find_checkpoint, images_of, room, rule_file, verify
 from diffda.jobs import job_graph, plan_text
-from diffda.pipeline import measured, plan
+from diffda.pipeline import effort, measured, plan, rate_key
 from diffda.report import paper_notebook, paper_values
 from test_datasets_natural import TREES
 
@@ -78,7 +78,7 @@ def test_what_was_measured_here_counts_more(store, monkeypatch):
     store = Store(store.root/"another")
     assert measured(store) == {} and set(job_graph(runs, store).known) == {"assumed"}
     run_all(runs, store, progress=False)
-    assert ("train", "nano", "small-resnet") in measured(store)
+    assert ("train", "nano", "small-resnet", "32") in measured(store)
     later = plan(["baseline"], ["nano-digits-1"], (1,), epochs=4)
     jobs = job_graph(runs + later, store)
     assert list(jobs.done) == [True, False] and set(jobs.known) == {"measured"} and jobs.hours.iloc[1] > 0
@@ -106,6 +106,31 @@ def test_every_table_can_be_planned(item, scale, tmp_path):
     text = cli.plan_of(item, scale, tmp_path/"store")
     assert "classifiers" in text and "generate" in text and "Total:" in text
 
+def test_what_a_small_generator_took_says_nothing_about_a_large_one(store):
+    "Rates are kept by generator and resolution."
+    runs = plan(["real-guidance"], ["caltech101"], (0,))
+    tiny = dataclasses.replace(runs[0], task=dataclasses.replace(runs[0].task, backbone="nano"))
+    done = make_dir(store.root/"pool"/"x")/"DONE"
+    write_json(done, {"seconds": 1., **effort(tiny, tiny.method.generate, 1e6)})
+    assert rate_key(tiny, "pool", tiny.method.generate) in measured(store) and rate_key(runs[0], "pool", runs[0].method.generate) not in measured(store)
+    by = lambda backbone: job_graph(plan(["real-guidance"], ["caltech101"], (0,), backbone=backbone), store).set_index("kind")
+    sd15, sd21, half = by("sd15"), by("sd21"), by("sd15@256")
+    assert set(sd15.known) == {"Table 17"} and sd21.known["pool"] == half.known["pool"] == "Table 17, by the number of pixels" and sd21.known["train"] == "Table 17"
+    assert math.isclose(sd21.hours["pool"], sd15.hours["pool"]*2.25) and math.isclose(half.hours["pool"], sd15.hours["pool"]/4) and sd21.hours["train"] == sd15.hours["train"]
+    assert math.isclose(sd15.gigabytes["pool"], room(get_task("caltech101")))                     # as doctor says
+    write_json(done, {"seconds": 1., **effort(runs[0], runs[0].method.generate, 1e6)})
+    assert by("sd15").known["pool"] == "measured"
+
+def test_checkpoints_of_other_generators_and_of_the_checker(capsys, tmp_path):
+    assert cli.main(["doctor", "caltech101", "--backbone", "sd21"]) == 1
+    assert "checkpoint stabilityai/stable-diffusion-2-1" in (said := capsys.readouterr().out) and "stable-diffusion-v1-5" not in said
+    assert cli.main(["doctor", "caltech101", "--backbone", "sd22"]) == 1 and "did you mean sd21" in capsys.readouterr().err
+    args = ["plan", "unidiffda/table02", "--scale", "paper", "-p", "methods=[real-guidance]", "-p", "backbone=sd21", "-p", "equal_steps=false", "--store", str(tmp_path/"store")]
+    assert cli.main(args) == 0 and "safety-checker" not in capsys.readouterr().out
+    assert cli.main([*args, "-p", "safety_checker=2"]) == 0 and "CompVis/stable-diffusion-safety-checker" in capsys.readouterr().out
+    assert not (tmp_path/"store").exists()                               # who only looks leaves nothing
+    assert cli.main(["list", "backbones"]) == 0 and "sd35" in capsys.readouterr().out
+
 def test_the_sweep_is_part_of_the_plan():
     runs = cli.planned_runs(paper_notebook("unidiffda/table03"), {"scale": "nano"})
     assert {r.method.generate.strength for r in runs if r.method.name == "diff-aug" and r.task.name == "nano-digits-5"} == {.1, .9}
@@ -119,13 +144,13 @@ def test_a_notebook_without_a_grid(toy, tmp_path, monkeypatch):
 def test_doctor_of_the_embedded_world(capsys):
     assert cli.main(["doctor", "nano-digits-5", "nano-stains-10"]) == 0
     out = capsys.readouterr().out
-    assert "data of nano-digits-5: 5 classes" in out and "MISSING" not in out and "in order." in out
+    assert "data of nano-digits-5: 5 classes" in out and "PROBLEM" not in out and "in order." in out
 
 def test_doctor_says_what_is_missing_and_how_to_get_it(capsys):
     assert cli.main(["doctor", "birds-5"]) == 1
     out = capsys.readouterr().out
-    assert "MISSING  data of birds-5: Dataset CUB-200-2011" in out and "To get it: " in out and "DIFFDA_DATA" in out
-    assert "MISSING  checkpoint stable-diffusion-v1-5/stable-diffusion-v1-5: not on this machine" in out and "$DIFFDA_CHECKPOINTS" in out and "disk of" in out
+    assert "PROBLEM  data of birds-5: Dataset CUB-200-2011" in out and "To get it: " in out and "DIFFDA_DATA" in out
+    assert "PROBLEM  checkpoint stable-diffusion-v1-5/stable-diffusion-v1-5: not on this machine" in out and "$DIFFDA_CHECKPOINTS" in out and "disk of" in out
 
 def test_doctor_finds_checkpoints(tmp_path, monkeypatch):
     (tmp_path/"models"/"openai"/"clip-vit-base-patch32").mkdir(parents=True)
@@ -162,6 +187,21 @@ def test_doctor_downloads_what_it_can(tmp_path, monkeypatch, capsys):
     assert "could not be downloaded" in (said := capsys.readouterr().err) and "no route to host" in said and not (tmp_path/"data"/"caltech101").exists()
 
 # splits
+
+def test_names_after_options_and_lists_of_ones_own(tmp_path, monkeypatch, capsys):
+    trees_fine.birds(tmp_path/"data", classes=2, per_class=6)
+    monkeypatch.setenv("DIFFDA_PARTIAL", "1"); monkeypatch.chdir(tmp_path)
+    assert cli.main(["splits", "export", "--dir", "splits", "birds-1"]) == 0 and (tmp_path/"splits"/"birds"/"birds-1.json").exists()
+    capsys.readouterr()
+    assert cli.main(["splits", "verify"]) == 0
+    assert (said := capsys.readouterr().out).count("ok ") == len(list_tasks("nano")) + 1 and "split of birds-1: 3 seeds" in said
+    assert cli.main(["splits", "verify", "--dir", "nosuch"]) == 2 and "There is no folder nosuch" in capsys.readouterr().err
+    with pytest.raises(SystemExit): cli.main(["splits", "verify", "birds-1", "--nosuch"])
+    for text, says in (("[1]", "is damaged"), ("{}", "states the rule and no digest")):
+        (tmp_path/"splits"/"birds"/"birds-1.json").write_text(text)
+        assert cli.main(["splits", "verify", "birds-1"]) == 1
+        said = capsys.readouterr()
+        assert says in said.out + said.err or text == "{}" and "no split file" in said.out, text
 
 def test_export_and_verify(tmp_path, monkeypatch, capsys):
     trees_fine.birds(tmp_path/"data", classes=2, per_class=6)

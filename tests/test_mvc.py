@@ -250,3 +250,10 @@ def test_the_method():
     m = get_method("mvc").at(get_split("nano-digits-5", 0).task, **{"MVCTuning.steps": 3, "num_copies": 2})
     assert (m.utilize, m.generate.num_copies, m.finetune.parts[0].steps, m.finetune.parts[0].lr) == ("two-phase", 2, 3, None)
     assert get_method("mvc").parts == {"finetune": "MVCTuning", "generate": "MVCGenerate", "utilize": "two-phase"} and get_method("mvc").generate.num_copies == 4
+
+
+def test_captions_that_are_no_json(few, tmp_path):
+    path = tmp_path/"captions.json"
+    for text in ("{broken", "3"):
+        path.write_text(text)
+        with pytest.raises(DiffDAError, match="is not a JSON file of the form"): caption_pool(few, str(path), few.class_names)

@@ -279,3 +279,13 @@ def test_save_results(records, tmp_path):
     pd.testing.assert_frame_equal(again, t, check_dtype=False)
     blocked = tmp_path/"file"; blocked.write_text("")
     with pytest.raises(DiffDAError, match="Cannot write"): save_results(T2, blocked, records, t)
+
+
+def test_a_caption_says_what_was_changed(monkeypatch):
+    "Also a setting of nothing, and a part of the data."
+    frame = pd.DataFrame([dict(method="baseline", title="Baseline", task="birds-1", counterpart="Birds 1-shot", scale="paper", seed=0, utilize="fc", equal="epochs", top1=50., n_synthetic=0)])
+    caption = lambda settings=None: text_table(table(frame, "unidiffda/table03", settings=settings)).splitlines()[0]
+    assert "with" not in caption() and "with" not in caption({"protocol": "paper", "equal": "epochs", "safety": 0, "epochs": None})
+    assert caption({"p": 0, "scale_lr": False, "safety": 2, "protocol": "authors-code"}).endswith("but with p = 0, scale_lr = False, safety = 2, protocol = authors-code")
+    monkeypatch.setenv("DIFFDA_PARTIAL", "1")
+    assert caption().endswith("but with what there is of the data (DIFFDA_PARTIAL)")

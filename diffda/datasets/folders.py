@@ -6,12 +6,12 @@
 __all__ = ['PARTS', 'COLUMNS', 'jsonl_rows', 'csv_rows', 'user_rows', 'user_dataset', 'user_task']
 
 # %% ../../nbs/datasets/folders.ipynb #2ebac98d
-import collections, csv, io, json, os, posixpath
+import collections, csv, io, json, os, posixpath, warnings
 from pathlib import Path
 
 from ..core import DiffDAError, lookup
-from ..data import NANO_RECIPE, Dataset, Problems, Recipe, Task, listed_samples
-from .base import class_folders, hold_out, image_files
+from ..data import IMAGE_ENDINGS, NANO_RECIPE, Dataset, Problems, Recipe, Task, listed_samples, make_split
+from .base import class_folders, damaged, hold_out, image_files
 from ..backbone import get_backbone
 
 # %% ../../nbs/datasets/folders.ipynb #86dc0e10
@@ -48,7 +48,8 @@ def csv_rows(path, bad:Problems) -> list:
     text = _read_text(path)
     first = text.split("\n", 1)[0]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
-    rows = [(lines.line_num, r) for r in lines if any(f.strip() for f in r)]
+    try: rows = [(lines.line_num, r) for r in lines if any(f.strip() for f in r)]
+    except csv.Error as e: raise DiffDAError(f"{path} is no CSV file that can be read: line {lines.line_num}, {e}. Mend it and try again.") from e
     if not rows: return []
     head = rows[0][1]
     if os.path.splitext(head[0].strip())[1]: head = ["path", "label", "split"][:len(head)]        # a file, not the name of a column
@@ -120,13 +121,22 @@ def _sorted_classes(words):
     "Class names in order: numbers by value, words as they are."
     return sorted(words, key=int) if all(w.isdecimal() for w in words) else sorted(words)
 
+_NO_IMAGES = ("", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".md", ".xml", ".yaml", ".yml", ".html", ".pdf", ".db", ".ini", ".py", ".ipynb", ".npy", ".npz")
+
+def _tell_ignored(root, rows):
+    "Warn of files below `root` that may be images in a format that is not read."
+    endings = collections.Counter(p.suffix.lower() for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
+    odd = {e: n for e, n in sorted(endings.items()) if e not in (*IMAGE_ENDINGS, *_NO_IMAGES)}
+    if odd: warnings.warn(f"{root} holds {sum(odd.values())} files with endings that are not read ({', '.join(f'{n} x {e}' for e, n in odd.items())}) beside {len(rows)} images; if they are images, convert them.", stacklevel=3)
+
 def user_dataset(path, test_share:float=.2, names:str="folder") -> Dataset:
     """The images of the user's at `path`, in any of the four forms above.
 
     `test_share` (0 … 1) of each class is put aside where there is no test part; `names="readable"` makes blanks of the underscores in class names."""
     path = Path(path).expanduser().absolute()
     if not path.exists(): raise DiffDAError(f"There is nothing at {path}; give a folder with one folder of images per class, or a CSV file with path,label.")
-    if not 0 < test_share < 1: raise DiffDAError(f"test_share is between 0 and 1; found {test_share}.")
+    lookup(names, {"folder": 1, "readable": 1}, "form of class names (names)")
+    if not isinstance(test_share, (int, float)) or not 0 < test_share < 1: raise DiffDAError(f"test_share is between 0 and 1; found {test_share}.")
     root, name = (path.parent if path.is_file() else path), path.stem if path.is_file() else path.name
     bad = Problems(name, root)
     rows = user_rows(path, bad)
@@ -139,6 +149,7 @@ def user_dataset(path, test_share:float=.2, names:str="folder") -> Dataset:
     given = {part for _, _, part in rows}
     for file in (f for f, _, p in rows if p is None and len(given) > 1): bad.add("image without a part, where others have one", file)
     bad.tell("Mend these and try again.")
+    if not path.is_file(): _tell_ignored(root, rows)
     if len(classes) < 2: raise DiffDAError(f"{path} has images of {len(classes)} class(es); a classifier needs at least 2, each in a folder of its own or named in a CSV file or metadata.jsonl.")
     if given != {None} and "train" not in given: raise DiffDAError(f"{path} has no training part: only {', '.join(sorted(given))}.")
     label = {c: y for y, c in enumerate(classes)}
@@ -157,16 +168,21 @@ def user_dataset(path, test_share:float=.2, names:str="folder") -> Dataset:
 
 # %% ../../nbs/datasets/folders.ipynb #77c427f8
 def user_task(path, shots:int=None, *, name:str=None, backbone:str="sd15", recipe:Recipe=None, family:str="conventional", metaclass:str=None, medium:str=None,
-              val_per_class:int=0, names:str="readable") -> Task:
+              val_per_class:int=0, names:str="readable", check:bool=True) -> Task:
     """A task on the user's images at `path` (see `user_dataset`): `shots` per class, or all (None); the other fields as in `Task`.
 
-    The data is opened once, so that what is wrong with it shows here."""
+    Every image is opened once, so that what is wrong with the data shows here and not after the generator's work; `check=False` leaves that out."""
     lookup(family, {"conventional": 1, "fine-grained": 1, "medical": 1}, "family")
-    lookup(names, {"folder": 1, "readable": 1}, "form of class names (names)")
+    if not isinstance(val_per_class, int) or val_per_class < 0: raise DiffDAError(f"val_per_class is a whole number from 0; found {val_per_class!r}.")
     if shots is not None and (not isinstance(shots, int) or shots < 1): raise DiffDAError(f"shots is a whole number from 1, or None for all images; found {shots!r}.")
     if family == "fine-grained" and not metaclass: raise DiffDAError("A fine-grained task needs a metaclass, the word behind the class in prompts, such as metaclass='dog'.")
     if family == "medical" and not medium: raise DiffDAError("A medical task needs a medium, what its images are in prompts, such as medium='an X-ray image'.")
     path, small = Path(path).expanduser().absolute(), get_backbone(backbone).resolution <= 64
     found = user_dataset(path, names=names)
-    return Task(name or found.name, str(path), "nano" if small else "paper", family, shots, recipe or (NANO_RECIPE if small else Recipe()), "", backbone,
+    task = Task(name or found.name, str(path), "nano" if small else "paper", family, shots, recipe or (NANO_RECIPE if small else Recipe()), "", backbone,
                 metaclass, val_per_class, medium, names)
+    if check:
+        bad = [e for part in (found.train, found.test) for e in damaged(part, progress=True)]
+        if bad: raise DiffDAError(f"{len(bad)} of the {len(found.train) + len(found.test)} images at {path} cannot be read, first: {bad[0]}")
+        make_split(task, 0, found)                                          # are there enough for the shots?
+    return task

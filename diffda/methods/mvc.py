@@ -47,7 +47,8 @@ def caption_pool(split, source:str, words, store=None, progress:bool=False) -> d
         from diffda.nano import captions
         texts = captions(split, words)
     else:
-        found = captions_of(split, source, store, progress=progress) if is_captioner(source) else read_json(source)
+        try: found = captions_of(split, source, store, progress=progress) if is_captioner(source) else dict(read_json(source))
+        except (OSError, ValueError, TypeError) as e: raise DiffDAError(f"{source} is not a JSON file of the form {{image id: caption}} ({e}).") from e
         missing = [i for i in split.train.ids if i not in found]
         if missing: raise DiffDAError(f"{source} has no caption for {len(missing)} of {len(split.train)} training images, first {missing[0]!r}; it must be {{image id: caption}}.")
         texts = [f"{PREFIX} {words[y]}. {found[i]}" for i, y in zip(split.train.ids, split.train.labels)]
