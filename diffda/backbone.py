@@ -134,13 +134,16 @@ _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.floa
 
 def precision(device) -> torch.dtype:
     "The number format of a pipeline: that of $DIFFDA_PRECISION (fp16 by default) on a GPU, single precision elsewhere."
-    return lookup(os.environ.get("DIFFDA_PRECISION") or "fp16", _PRECISIONS, "precision (DIFFDA_PRECISION)") if str(device).startswith("cuda") else torch.float32
+    return _PRECISIONS[_asked_for()] if str(device).startswith("cuda") else torch.float32
+
+def _asked_for() -> str:
+    name = os.environ.get("DIFFDA_PRECISION") or "fp16"
+    lookup(name, _PRECISIONS, "precision (DIFFDA_PRECISION)")
+    return name
 
 def chosen_precision() -> dict:
     "What $DIFFDA_PRECISION adds to the configuration of a stage: nothing, unless it asks for another format than half precision."
-    name = os.environ.get("DIFFDA_PRECISION") or "fp16"
-    lookup(name, _PRECISIONS, "precision (DIFFDA_PRECISION)")
-    return {} if name == "fp16" else {"precision": name}
+    return {} if _asked_for() == "fp16" else {"precision": _asked_for()}
 
 SMALL = 16*2**30          # bytes of a GPU below which the autoencoder works on one image at a time
 
