@@ -1,40 +1,38 @@
-"""Diff-II: inversion and its cache, the circle, two prompts in one denoising; images are compared to two grey levels, see test_generate.py."""
+"Diff-II: inversion and its cache, the circle, two prompts in one denoising; the same images in any batch."
 import dataclasses, math
-from pathlib import Path
 
 import numpy as np, pytest, torch
 
 from diffda import generate
-from diffda.backbone import encode, get_backbone, load_pipeline
+from diffda.backbone import get_backbone
+from diffda.models import encode, load_pipeline
 from diffda.core import DiffDAError
-from diffda.data import Split, get_split
+from diffda.data import get_split
 from diffda.generate import Prompts, Studio, generate_pool
 from diffda.method import get_method
 from diffda.methods import diff_ii as module
-from diffda.methods.diff_ii import CircleInterpolation, circle, ddim, inversions, invert, suffixed_steps, two_stage
+from diffda.methods.diff_ii import (CircleInterpolation, circle, ddim, inversions, invert, suffixed_steps,
+                                    two_stage)
+from diffda.utilize import GlobalReplacement
+from pools import LEVELS, distance, some
 
-LEVELS = 2
 SUFFIXES = ("in the dark", "on a table", "in the snow", "on a hill")
-PART = CircleInterpolation(inversion_steps=4, num_inference_steps=4, num_copies=3, suffix_fraction=.5, suffixes=SUFFIXES)
+PART = CircleInterpolation(inversion_steps=4, num_inference_steps=4, num_copies=3, suffix_fraction=.5,
+                           suffixes=SUFFIXES)
+NANO = get_backbone("nano")
 
-def some(idx=(0, 1, 30, 26, 225, 249)):
-    s = get_split("nano-fashion", 0)
-    return Split(s.task, 0, s.class_names, s.train.take(idx), None, s.test, "few")
-
-@pytest.fixture(scope="module")
-def few(): return some()
+def studio_of(part, split, folder, adaptation=None, rows=None):
+    return Studio(part, split, NANO, "cpu", adaptation, rows or part.rows(split, NANO, 0), folder)
 
 @pytest.fixture(scope="module")
-def pool(few, tmp_path_factory): return generate_pool(PART, few, tmp_path_factory.mktemp("pool"), batch_size=64)
+def few(): return some((0, 1, 30, 26, 225, 249))
 
 @pytest.fixture(scope="module")
-def pipe(): return PART.load(get_backbone("nano"), "cpu")
+def pool(few, tmp_path_factory):
+    return generate_pool(PART, few, tmp_path_factory.mktemp("pool"), batch_size=64)
 
-def by_key(pool): return {(r.source_id, r.copy): np.asarray(pool.image(i)).astype(int) for i, r in enumerate(pool.rows.itertuples())}
-def distance(a, b):
-    a, b = by_key(a), by_key(b)
-    assert set(a) == set(b) and len(a) > 0
-    return max(np.abs(v - b[k]).max() for k, v in a.items())
+@pytest.fixture(scope="module")
+def pipe(): return PART.load(NANO, "cpu")
 
 # the circle
 
@@ -73,37 +71,49 @@ def test_inversion_is_undone_by_denoising(few, pipe):
     z = encode(pipe, [few.train.read(i) for i in range(3)], 32)
     words = Prompts(pipe).texts([f"a photo of a {few.class_names[c]}" for c in few.train.labels[:3]])
     noise, scheduler = invert(pipe, z, words, 100), ddim(pipe)
-    again = pipe(latents=noise, prompt_embeds=words, guidance_scale=1., num_inference_steps=100, output_type="latent").images
+    again = pipe(latents=noise, prompt_embeds=words, guidance_scale=1., num_inference_steps=100,
+                 output_type="latent").images
     assert type(pipe.scheduler) is type(scheduler) and float((again - z).norm()/z.norm()) < .03
     assert noise.dtype == torch.float32 and float((noise - z).norm()/z.norm()) > .5
 
 def test_the_levels_of_both_directions_agree(pipe):
     for steps in (4, 25, 200):
         up, down = ddim(pipe, "DDIMInverseScheduler"), ddim(pipe)
-        up.set_timesteps(steps); down.set_timesteps(steps)
-        assert up.timesteps.tolist() == down.timesteps.tolist()[::-1] and torch.equal(up.alphas_cumprod, down.alphas_cumprod)
-        assert up.initial_alpha_cumprod == down.final_alpha_cumprod and not (up.config.clip_sample or down.config.clip_sample)
+        for scheduler in (up, down): scheduler.set_timesteps(steps)
+        assert up.timesteps.tolist() == down.timesteps.tolist()[::-1]
+        assert torch.equal(up.alphas_cumprod, down.alphas_cumprod)
+        assert up.initial_alpha_cumprod == down.final_alpha_cumprod
+        assert not (up.config.clip_sample or down.config.clip_sample)
         x, e = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).unbind()
-        for t in up.timesteps:                                    # with the same noise prediction, a step down undoes a step up
+        # with the same noise prediction, a step down undoes a step up
+        for t in up.timesteps:
             assert torch.allclose(down.step(e, t, up.step(e, t, x).prev_sample).prev_sample, x, atol=1e-4)
 
 def test_unusable_step_counts():
-    for bad in (dict(inversion_steps=600), dict(num_inference_steps=0), dict(inversion_steps=2000)):
-        with pytest.raises(DiffDAError, match="divisor of 1000"): CircleInterpolation(**bad)
-    with pytest.raises(DiffDAError, match="suffix_fraction"): CircleInterpolation(suffix_fraction=1.2)
+    with pytest.raises(DiffDAError, match="600 steps of DDIM do not reach .* divisor of 1000"):
+        CircleInterpolation(inversion_steps=600)
+    for name, bad in (("num_inference_steps", 0), ("inversion_steps", 2000)):
+        with pytest.raises(DiffDAError, match=rf"{name} lies in \[1, 1000\]; found {bad}"):
+            CircleInterpolation(**{name: bad})
+    with pytest.raises(DiffDAError, match=r"suffix_fraction lies in \[0, 1\]; found 1.2"):
+        CircleInterpolation(suffix_fraction=1.2)
 
 # two prompts
 
 @pytest.mark.parametrize("guidance", [1., 3.])
 def test_equal_to_diffusers_and_to_a_loop_by_hand(pipe, guidance):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    stock = StableDiffusionPipeline.from_pretrained(get_backbone("nano").source, safety_checker=None, requires_safety_checker=False)
-    stock.scheduler = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    stock = StableDiffusionPipeline.from_pretrained(NANO.source, safety_checker=None,
+                                                    requires_safety_checker=False)
+    stock.scheduler = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
+                                    clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     stock.set_progress_bar_config(disable=True)
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     prompts = Prompts(pipe)
-    first, then, empty = prompts.texts(["a photo of a bag in the dark."]*2), prompts.texts(["a photo of a bag"]*2), prompts.empty
-    made = {f: two_stage(pipe, z, first, then, empty, fraction=f, steps=5, guidance=guidance) for f in (0, .4, 1)}
+    first, then = (prompts.texts([text]*2) for text in ("a photo of a bag in the dark.", "a photo of a bag"))
+    empty = prompts.empty
+    made = {fraction: two_stage(pipe, z, first, then, empty, fraction=fraction, steps=5, guidance=guidance)
+            for fraction in (0, .4, 1)}
     for f, text in ((0, "a photo of a bag"), (1, "a photo of a bag in the dark.")):
         direct = stock([text]*2, latents=z, num_inference_steps=5, guidance_scale=guidance).images
         assert all(np.array_equal(a, b) for a, b in zip(made[f], direct))
@@ -125,31 +135,37 @@ def test_the_suffixed_share(pipe):
 
 def test_partners_and_phrases(few):
     whole = get_split("nano-digits-5", 0)
-    rows = dataclasses.replace(CircleInterpolation(suffixes=SUFFIXES, prompt="metaclass"), num_copies=4).rows(whole, get_backbone("nano"), 0)
+    part = CircleInterpolation(suffixes=SUFFIXES, prompt="metaclass", num_copies=4)
+    rows = part.rows(whole, NANO, 0)
     label = dict(zip(whole.train.ids, whole.train.labels))
-    assert all(r["partner"] != r["source_id"] and label[r["partner"]] == r["label"] == r["source_label"] and 0 <= r["turn"] < 1 for r in rows)
+    assert all(r["partner"] != r["source_id"] and 0 <= r["turn"] < 1 for r in rows)
+    assert all(label[r["partner"]] == r["label"] == r["source_label"] for r in rows)
     assert len({r["partner"] for r in rows}) > 15 and np.std([r["turn"] for r in rows]) > .2
     for i in range(0, len(rows), 4):
         phrases = [r["prompt"].removeprefix(r["plain_prompt"] + " ") for r in rows[i:i+4]]
         assert sorted(phrases) == sorted(s + "." for s in SUFFIXES)
         assert rows[i]["plain_prompt"] == f"a photo of a {whole.class_names[rows[i]['label']]} digit"
-    many = dataclasses.replace(PART, num_copies=10).rows(few, get_backbone("nano"), 0)[:10]
-    assert max(np.unique([r["prompt"] for r in many], return_counts=True)[1]) == 3           # 10 copies, 4 phrases: 3, 3, 2, 2
+    many = dataclasses.replace(PART, num_copies=10).rows(few, NANO, 0)[:10]
+    # 10 copies, 4 phrases: 3, 3, 2, 2
+    assert max(np.unique([r["prompt"] for r in many], return_counts=True)[1]) == 3
 
 def test_one_shot(tmp_path):
     one = some((0, 30, 225))
     made = generate_pool(PART, one, tmp_path)
     assert made.rows.partner.isna().all() and made.rows.turn.isna().all()
-    studio = Studio(PART, one, get_backbone("nano"), "cpu", None, PART.rows(one, get_backbone("nano"), 0), tmp_path)
+    studio = studio_of(PART, one, tmp_path)
     z, words = inversions(studio, one.train.ids, PART), studio.prompts
     r = made.rows.iloc[4]
-    direct = two_stage(studio.pipe, z[r.source_id][None], words.texts([r.prompt]), words.texts([r.plain_prompt]), words.empty, fraction=.5, steps=4, guidance=r.guidance)[0]
+    first, then = words.texts([r.prompt]), words.texts([r.plain_prompt])
+    direct = two_stage(studio.pipe, z[r.source_id][None], first, then, words.empty, fraction=.5, steps=4,
+                       guidance=r.guidance)[0]
     assert np.abs(np.asarray(direct).astype(int) - np.asarray(made.image(4))).max() <= LEVELS
 
 def test_missing_phrases(few):
     bare = dataclasses.replace(few, task=dataclasses.replace(few.task, metaclass=None))
-    with pytest.raises(DiffDAError, match=r"none for task 'nano-fashion' .*suffixes=.*suffix_fraction=0"): CircleInterpolation().rows(bare, get_backbone("nano"), 0)
-    rows = CircleInterpolation(suffix_fraction=0).rows(bare, get_backbone("nano"), 0)
+    with pytest.raises(DiffDAError, match=r"none for task 'nano-fashion' .*suffixes=.*suffix_fraction=0"):
+        CircleInterpolation().rows(bare, NANO, 0)
+    rows = CircleInterpolation(suffix_fraction=0).rows(bare, NANO, 0)
     assert all(r["prompt"] == r["plain_prompt"] for r in rows)
     assert CircleInterpolation(suffixes="in the dark").suffixes == ("in the dark",)
 
@@ -160,7 +176,8 @@ def test_batch_size_does_not_matter(few, pool, tmp_path, size):
     assert distance(generate_pool(PART, few, tmp_path, batch_size=size), pool) <= LEVELS
 
 def test_order_does_not_matter(pool, tmp_path):
-    assert distance(generate_pool(PART, some((249, 225, 26, 30, 1, 0)), tmp_path, batch_size=7), pool) <= LEVELS
+    other = generate_pool(PART, some((249, 225, 26, 30, 1, 0)), tmp_path, batch_size=7)
+    assert distance(other, pool) <= LEVELS
 
 def test_two_half_shards(few, pool, tmp_path):
     assert generate_pool(PART, few, tmp_path, batch_size=4, shard=(0, 2)) is None
@@ -187,11 +204,12 @@ def test_inverted_once_and_kept_on_resume(few, pool, tmp_path, counted, monkeypa
     monkeypatch.setattr(generate, "load_pipeline", lambda *a, **k: pipe)
     try: again = generate_pool(PART, few, tmp_path, batch_size=4)
     finally: hook.remove()
-    assert counted == [6] and again.digest() == digest and len(calls) == 2*PART.num_inference_steps       # two batches drawn, nothing inverted
+    # two batches drawn, nothing inverted
+    assert counted == [6] and again.digest() == digest and len(calls) == 2*PART.num_inference_steps
 
 def test_a_torn_batch_of_inversions_is_made_whole_again(few, tmp_path, counted):
     first = generate_pool(PART, few, tmp_path, batch_size=4)
-    files = sorted(tmp_path.rglob(".inversions/*/*.npy"))
+    files = sorted(tmp_path.rglob(".inversions/*.npy"))
     before = [f.read_bytes() for f in files]
     assert len(files) == 6
     for f in (files[1], tmp_path/first.rows.file_name[0], tmp_path/first.rows.file_name[17]): f.unlink()
@@ -201,37 +219,53 @@ def test_a_torn_batch_of_inversions_is_made_whole_again(few, tmp_path, counted):
 def test_two_processes_share_the_inversions(few, tmp_path, counted):
     "A batch that somebody else is at is left to them until nothing else is missing."
     import fcntl, threading
-    studio = Studio(PART, few, get_backbone("nano"), "cpu", None, PART.rows(few, get_backbone("nano"), 0), tmp_path)
+    studio = studio_of(PART, few, tmp_path)
     ids = few.train.ids
     z = inversions(studio, ids, PART, size=2)
-    other = Studio(PART, few, get_backbone("nano"), "cpu", None, studio.rows, tmp_path/"other")
-    (folder := tmp_path/"other"/".inversions"/next((tmp_path/".inversions").iterdir()).name).mkdir(parents=True)
-    lock = open(folder/".0.lock", "w"); fcntl.flock(lock, fcntl.LOCK_EX)
-    def finish():                                                 # the other process hands in the first batch and leaves
+    other = studio_of(PART, few, tmp_path/"other", rows=studio.rows)
+    folder = tmp_path/"other"/".inversions"
+    folder.mkdir(parents=True)
+    lock = open(folder/".0.lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    def finish():
+        "The other process hands in the first batch and leaves."
         for i in ids[:2]: np.save(folder/f"{i}.npy", z[i].numpy())
         lock.close()
-    counted.clear(); timer = threading.Timer(1.5, finish); timer.start()
-    got = inversions(other, ids, PART, size=2); timer.join()
+    counted.clear()
+    timer = threading.Timer(1.5, finish)
+    timer.start()
+    got = inversions(other, ids, PART, size=2)
+    timer.join()
     assert counted == [2, 2] and all(torch.equal(got[i], z[i]) for i in ids)
 
 def test_another_adaptation_is_another_noise(few, tmp_path, counted):
-    "The same folder, as it must never happen: noise of other weights, steps or prompts is not taken."
+    "Noise of other weights, steps or prompts is not taken: a pool's folder is for one of them only."
     from safetensors.torch import save_file
     from diffda.backbone import EMBEDDINGS
-    adaptation = tmp_path/"adaptation"; adaptation.mkdir()
+    adaptation = tmp_path/"adaptation"
+    adaptation.mkdir()
     save_file({"<new>": torch.zeros(128)}, adaptation/EMBEDDINGS)
-    b = get_backbone("nano")
-    studio = lambda part, tuned=None: Studio(part, few, b, "cpu", tuned, part.rows(few, b, 0), tmp_path/"pool")
-    other = dataclasses.replace(PART, prompt="class")
-    for part, tuned in ((PART, None), (PART, str(adaptation)), (other, None), (dataclasses.replace(PART, inversion_steps=5), None), (PART, None)):
-        inversions(studio(part, tuned), few.train.ids, part)
-    assert counted == [6]*4 and len(list((tmp_path/"pool"/".inversions").iterdir())) == 4
+    slower, other = dataclasses.replace(PART, inversion_steps=5), dataclasses.replace(PART, prompt="class")
+    first = generate_pool(PART, few, tmp_path/"pool")
+    files = sorted((tmp_path/"pool"/".inversions").glob("*.npy"))
+    before = [f.read_bytes() for f in files]
+    for k, (part, tuned) in enumerate(((PART, adaptation), (other, None), (slower, None))):
+        with pytest.raises(DiffDAError, match="holds images that were made with other settings"):
+            generate_pool(part, few, tmp_path/"pool", adaptation=tuned)
+        generate_pool(part, few, tmp_path/f"pool{k}", adaptation=tuned)
+    assert counted == [6]*4
+    # the first one's noise is still its own
+    (tmp_path/"pool"/first.rows.file_name[0]).unlink()
+    assert generate_pool(PART, few, tmp_path/"pool").digest() == first.digest()
+    assert counted == [6]*4 and len(files) == 6 and [f.read_bytes() for f in files] == before
 
 def test_pools_of_other_seeds_and_weights_have_other_folders():
-    from diffda.pipeline import Run, pool_stage
-    task, method = get_split("nano-digits-5", 0).task, get_method("diff-ii")
-    stage = lambda seed, **c: pool_stage(Run(method.at(task, **c), task, seed), get_split(task, 0)).key
-    keys = {stage(0), stage(1), stage(0, **{"TextualInversion.steps": 7}), stage(0, inversion_steps=100), stage(0, suffix_fraction=1.)}
+    from diffda.jobs import plan
+    def key(seed, **changes):
+        job, = plan(["diff-ii"], ["nano-digits-5"], [seed], **changes)
+        return job.pool.key
+    keys = {key(0), key(1), key(0, **{"TextualInversion.steps": 7}), key(0, inversion_steps=100),
+            key(0, suffix_fraction=1.)}
     assert len(keys) == 5
 
 def test_a_pool_with_inversions_is_an_imagefolder(pool, tmp_path):
@@ -245,7 +279,10 @@ def test_settings_per_task():
     from diffda.data import get_task
     m = get_method("diff-ii")
     five, fashion, scans = (m.at(get_task(t)) for t in ("nano-digits-5", "nano-fashion", "nano-scans-5"))
-    assert (five.utilize, five.p, five.generate.prompt, five.generate.suffix_fraction) == ("grr", .5, "metaclass", .3)
-    assert [m.at(get_task(f"nano-digits-{n}")).p for n in (1, 5, 10)] == [.7, .5, .3]
-    assert (fashion.utilize, fashion.generate.prompt) == ("fc", "article") and (scans.utilize, scans.generate.prompt, scans.generate.suffix_fraction) == ("fc", "medical", 0)
+    assert five.utilize == GlobalReplacement(p=.5)
+    assert (five.generate.prompt, five.generate.suffix_fraction) == ("metaclass", .3)
+    shares = [m.at(get_task(f"nano-digits-{n}")).utilize.p for n in (1, 5, 10)]
+    assert shares == [.7, .5, .3]
+    assert (fashion.utilize.name, fashion.generate.prompt) == ("fc", "article")
+    assert (scans.utilize.name, scans.generate.prompt, scans.generate.suffix_fraction) == ("fc", "medical", 0)
     assert m.parts["finetune"] == "TextualInversion >> DreamBoothLoRA"

@@ -1,25 +1,30 @@
-"""Synthetic pools: the same images however the work is cut up, and the ones that diffusers' own pipeline makes.
+"""Synthetic pools: the same images however the work is cut up, and those that diffusers' own pipeline makes.
 
-Images are compared to two grey levels of 255: a batch of another size takes other code paths in the matrix products, which changes
-a value in single precision by some 1e-6, and where the value lies at the border of two grey levels rounding shows it as one level; the second level is room."""
+Images are compared to two grey levels of 255: a batch of another size takes other code paths in the matrix
+products, which changes a value in single precision by some 1e-6, and where it lies at the border of two
+levels rounding shows it as one level; the second level is room."""
 import dataclasses, json, shutil
-from pathlib import Path
 
 import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from diffda import generate
-from diffda.core import DiffDAError, generator_for
-from diffda.data import Samples, Split, get_split
-from diffda.backbone import BACKBONES, EMBEDDINGS, LORA, backbone_key, get_backbone, load_pipeline
-from diffda.generate import SDEdit, SyntheticPool, generate_pool
+from pools import LEVELS, by_key, distance
+from diffda.core import DiffDAError
+from diffda.torch_core import generator_for
+from diffda.data import Split, get_split
+from diffda.samples import Samples
+from diffda.backbone import EMBEDDINGS, LORA, backbone_key, get_backbone
+from diffda.models import load_pipeline
+from diffda.generate import SDEdit, SyntheticPool, file_name, generate_pool
 
-LEVELS = 2
 PART = SDEdit(strength=.5, num_inference_steps=8, num_copies=3)
-FIELDS = {"file_name", "label", "source_id", "source_label", "target_label", "label_weights", "copy", "prompt", "strength", "steps", "guidance", "seed",
-          "method", "backbone", "adaptation"}
-WHERE = BACKBONES["nano"].source
+FIELDS = {"file_name", "label", "source_id", "source_label", "target_label", "label_weights", "copy",
+          "prompt",
+          "strength", "steps", "guidance", "seed", "method", "backbone", "adaptation"}
+NANO = get_backbone("nano")
+WHERE = NANO.source
 
 def some(idx=(0, 1, 30, 126, 225, 249), class_names=None):
     "A few images of a split of nano-fashion."
@@ -30,13 +35,8 @@ def some(idx=(0, 1, 30, 126, 225, 249), class_names=None):
 def few(): return some()
 
 @pytest.fixture(scope="module")
-def pool(few, tmp_path_factory): return generate_pool(PART, few, tmp_path_factory.mktemp("pool"), batch_size=64)
-
-def by_key(pool): return {(r.source_id, r.copy): np.asarray(pool.image(i)).astype(int) for i, r in enumerate(pool.rows.itertuples())}
-def distance(a, b):
-    a, b = by_key(a), by_key(b)
-    assert set(a) == set(b) and len(a) > 0
-    return max(np.abs(v - b[k]).max() for k, v in a.items())
+def pool(few, tmp_path_factory):
+    return generate_pool(PART, few, tmp_path_factory.mktemp("pool"), batch_size=64)
 
 # the same images
 
@@ -55,7 +55,8 @@ def test_company_does_not_matter(pool, tmp_path):
 
 def test_two_half_shards(few, pool, tmp_path):
     assert generate_pool(PART, few, tmp_path, batch_size=4, shard=(0, 2)) is None
-    assert not (tmp_path/"metadata.jsonl").exists() and 0 < len(list(tmp_path.rglob("*.png"))) < len(pool)
+    assert not (tmp_path/"metadata.jsonl").exists()
+    assert 0 < len(list(tmp_path.rglob("*.png"))) < len(pool)
     whole = generate_pool(PART, few, tmp_path, batch_size=4, shard=(1, 2))
     assert whole.rows.equals(pool.rows) and distance(whole, pool) <= LEVELS
 
@@ -70,7 +71,8 @@ def test_copies_sources_and_seeds_differ(few, pool, tmp_path):
 def test_global_random_state_does_not_matter_and_is_left_alone(few, pool, tmp_path):
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    assert generate_pool(PART, few, tmp_path, batch_size=64).digest() == pool.digest() and torch.equal(before, torch.get_rng_state())
+    assert generate_pool(PART, few, tmp_path, batch_size=64).digest() == pool.digest()
+    assert torch.equal(before, torch.get_rng_state())
 
 # diffusers
 
@@ -79,27 +81,39 @@ def stock():
     "The stock pipeline, as anybody would open it."
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(WHERE)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2)
+    scheduler = DPMSolverMultistepScheduler
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++",
+                                           solver_order=2)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cpu", torch.float32)
 
 def test_stock_pipeline_opens_the_nano_folder(stock):
     kinds = {k: type(v).__name__ for k, v in stock.components.items() if v is not None}
-    assert kinds == {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer", "unet": "UNet2DConditionModel", "scheduler": "DPMSolverMultistepScheduler"}
-    out = stock("a photo of a bag", image=Image.new("RGB", (32, 32)), strength=.5, num_inference_steps=4).images[0]
+    assert kinds == {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer",
+                     "unet": "UNet2DConditionModel", "scheduler": "DPMSolverMultistepScheduler"}
+    black = Image.new("RGB", (32, 32))
+    out = stock("a photo of a bag", image=black, strength=.5, num_inference_steps=4).images[0]
     assert out.size == (32, 32)
 
-@pytest.mark.parametrize("part", [PART, SDEdit(strength=1., num_inference_steps=3, num_copies=1), SDEdit(strength=.9, num_inference_steps=5, num_copies=1, guidance_scale=1.)],
-                         ids=["half", "whole", "unguided"])
+def latent_of(stock, image):
+    "The scaled latent of a PIL image, by the stock pipeline's own encoder."
+    with torch.no_grad(): found = stock.vae.encode(stock.image_processor.preprocess(image)).latent_dist.mode()
+    return found*stock.vae.config.scaling_factor
+
+PARTS = {"half": PART, "whole": SDEdit(strength=1., num_inference_steps=3, num_copies=1),
+         "unguided": SDEdit(strength=.9, num_inference_steps=5, num_copies=1, guidance_scale=1.)}
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_equal_to_calling_diffusers_directly(few, stock, tmp_path, part):
     made = generate_pool(part, few, tmp_path, batch_size=7)
     position = {s: i for i, s in enumerate(few.train.ids)}
     worst = 0
     for i, r in enumerate(made.rows.itertuples()):
-        with torch.no_grad(): latent = stock.vae.encode(stock.image_processor.preprocess(few.train.read(position[r.source_id]))).latent_dist.mode()*stock.vae.config.scaling_factor
+        latent = latent_of(stock, few.train.read(position[r.source_id]))
         noise = generator_for(0, r.source_id, r.copy, "noise")
-        direct = stock(f"a photo of {few.class_names[r.label]}", image=latent, strength=part.strength, num_inference_steps=part.num_inference_steps,
-                       guidance_scale=part.guidance_scale or BACKBONES["nano"].guidance_scale, generator=noise).images[0]
+        direct = stock(f"a photo of {few.class_names[r.label]}", image=latent, strength=part.strength,
+                       num_inference_steps=part.num_inference_steps, generator=noise,
+                       guidance_scale=part.guidance_scale or NANO.guidance_scale).images[0]
         worst = max(worst, np.abs(np.asarray(direct).astype(int) - np.asarray(made.image(i))).max())
     assert worst <= LEVELS
 
@@ -109,16 +123,20 @@ def test_executed_steps_are_counted(tmp_path, monkeypatch, strength, steps):
     pipe = load(get_backbone("nano"), "cpu", None)
     hook = pipe.unet.register_forward_hook(lambda *a: calls.append(1))
     monkeypatch.setattr(generate, "load_pipeline", lambda *a, **k: pipe)
-    try: made = generate_pool(SDEdit(strength=strength, num_inference_steps=steps, num_copies=1), some((0, 1)), tmp_path)
+    part = SDEdit(strength=strength, num_inference_steps=steps, num_copies=1)
+    try: made = generate_pool(part, some((0, 1)), tmp_path)
     finally: hook.remove()
     assert len(calls) == int(steps*strength) == made.rows.steps[0] and made.rows.strength[0] == strength
 
 def test_what_is_the_same_is_computed_once(tmp_path, monkeypatch):
-    "Two images with five copies in batches of three: two encoded images, and one pass per distinct prompt beside the empty one."
+    """Two images with five copies in batches of three: two encoded images, and one pass per distinct prompt
+    beside the empty one."""
     pipe, encoded, prompts = load_pipeline(get_backbone("nano"), "cpu", None), [], []
     monkeypatch.setattr(generate, "load_pipeline", lambda *a, **k: pipe)
-    hooks = [pipe.vae.encoder.register_forward_hook(lambda m, i, o: encoded.append(len(i[0]))),
-             pipe.text_encoder.register_forward_hook(lambda m, i, kw, o: prompts.append(len(o[0])), with_kwargs=True)]
+    def encoding(module, given, out): encoded.append(len(given[0]))
+    def reading(module, given, named, out): prompts.append(len(out[0]))
+    hooks = [pipe.vae.encoder.register_forward_hook(encoding),
+             pipe.text_encoder.register_forward_hook(reading, with_kwargs=True)]
     try: generate_pool(dataclasses.replace(PART, num_copies=5), some((0, 1)), tmp_path, batch_size=3)
     finally:
         for h in hooks: h.remove()
@@ -126,29 +144,36 @@ def test_what_is_the_same_is_computed_once(tmp_path, monkeypatch):
 
 # prompts, targets, labels and strengths
 
-NAMES = ("ant", "chair", "elephant", "man", "mango", "wheelchair", "woman", "or", "ant hill", "orange")           # names within names
+# names within names
+NAMES = ("ant", "chair", "elephant", "man", "mango", "wheelchair", "woman", "or", "ant hill", "orange")
 
 def test_soft_labels_share_target_and_source():
     split = some(range(250), class_names=list(NAMES))
-    rows = SDEdit(target="any", label="soft", strength=.7, num_copies=4).rows(split, BACKBONES["nano"], 0)
+    rows = SDEdit(target="any", label="soft", strength=.7, num_copies=4).rows(split, NANO, 0)
     for r in rows:
         target, source = r["target_label"], r["source_label"]
         weights = {p["label"]: p["weight"] for p in r["label_weights"]}
-        assert weights == ({target: 1.} if target == source else pytest.approx({target: .83666, source: .16334}, abs=1e-5))
-        assert r["label"] == target and r["prompt"] == f"a photo of {NAMES[target]}" and split.train.labels[split.train.ids.index(r["source_id"])] == source
+        shared = pytest.approx({target: .83666, source: .16334}, abs=1e-5)
+        assert weights == ({target: 1.} if target == source else shared)
+        assert r["label"] == target and r["prompt"] == f"a photo of {NAMES[target]}"
+        assert split.train.labels[split.train.ids.index(r["source_id"])] == source
+    # uniform over all classes, the image's own among them
     counts = np.bincount([r["target_label"] for r in rows], minlength=10)
-    assert ((counts - 100)**2/100).sum() < 9 + 5*18**.5                                                           # uniform over all classes
-    assert abs(np.mean([r["target_label"] == r["source_label"] for r in rows]) - .1) < .04                        # the image's own among them
+    assert ((counts - 100)**2/100).sum() < 9 + 5*18**.5
+    assert abs(np.mean([r["target_label"] == r["source_label"] for r in rows]) - .1) < .04
 
 def test_hard_labels_are_the_targets():
-    rows = SDEdit(target="any").rows(some(range(250)), BACKBONES["nano"], 0)
-    assert all(r["label_weights"] == [{"label": r["target_label"], "weight": 1.}] == [{"label": r["label"], "weight": 1.}] for r in rows)
+    rows = SDEdit(target="any").rows(some(range(250)), NANO, 0)
+    for r in rows:
+        assert r["label"] == r["target_label"] and r["label_weights"] == [{"label": r["label"], "weight": 1.}]
 
 def test_each_image_draws_its_own_strength():
     part = SDEdit(strength=[.25, .5, .75, 1], num_inference_steps=8, num_copies=4)
     assert part == SDEdit(strength=(.25, .5, .75, 1.), num_inference_steps=8, num_copies=4)
-    rows = part.rows(some(range(250)), BACKBONES["nano"], 0)
-    for s, steps in ((.25, 2), (.5, 4), (.75, 6), (1., 8)): assert abs(sum(r["strength"] == s for r in rows) - 250) < 70 and all(r["steps"] == steps for r in rows if r["strength"] == s)
+    rows = part.rows(some(range(250)), NANO, 0)
+    for strength, steps in ((.25, 2), (.5, 4), (.75, 6), (1., 8)):
+        found = [r["steps"] for r in rows if r["strength"] == strength]
+        assert abs(len(found) - 250) < 70 and set(found) == {steps}
 
 def test_mixed_strengths_do_not_depend_on_batches(few, tmp_path):
     part = SDEdit(strength=(.3, .9), num_inference_steps=4, num_copies=2, target="any")
@@ -157,17 +182,19 @@ def test_mixed_strengths_do_not_depend_on_batches(few, tmp_path):
 
 def test_learned_words_stand_for_the_names():
     words = [f"<{i}>" for i in range(10)]
-    rows = SDEdit(prompt="article").rows(some((0, 30)), BACKBONES["nano"], 0, words)
+    rows = SDEdit(prompt="article").rows(some((0, 30)), NANO, 0, words)
     assert {r["prompt"] for r in rows} == {"a photo of a <0>", "a photo of a <1>"}
 
 def test_medical_prompts_name_the_medium():
     scans = get_split("nano-scans-5", 0)
-    assert SDEdit(prompt="medical").rows(scans, BACKBONES["nano"], 0)[0]["prompt"] == "a scan of zero"
-    with pytest.raises(DiffDAError, match="needs a medium"): SDEdit(prompt="medical").rows(some((0,)), BACKBONES["nano"], 0)
+    assert SDEdit(prompt="medical").rows(scans, NANO, 0)[0]["prompt"] == "a scan of zero"
+    with pytest.raises(DiffDAError, match="needs a medium"):
+        SDEdit(prompt="medical").rows(some((0,)), NANO, 0)
 
 def test_few_steps_by_the_consistency_lora(few, pool, tmp_path):
     "Three steps are run where three are recorded, with weights that are not there afterwards."
-    part, calls = SDEdit(lcm=True, num_inference_steps=4, strength=.9, guidance_scale=1., num_copies=1), []
+    part = SDEdit(lcm=True, num_inference_steps=4, strength=.9, guidance_scale=1., num_copies=1)
+    calls = []
     pipe = part.load(get_backbone("nano"), "cpu")
     hook = pipe.unet.register_forward_hook(lambda *a: calls.append(1))
     made = generate_pool(part, few, tmp_path/"lcm")
@@ -181,39 +208,65 @@ def test_rows(few, pool):
     assert FIELDS <= set(pool.rows.columns) and len(pool) == 18
     for i, r in enumerate(pool.rows.itertuples()):
         label = few.train.labels[i//3]
-        assert (r.source_id, r.copy, r.label, r.source_label, r.target_label) == (few.train.ids[i//3], i%3, label, label, label)
-        assert r.label_weights == [{"label": label, "weight": 1.}] and r.prompt == f"a photo of {few.class_names[label]}"
-        assert (r.strength, r.steps, r.guidance, r.seed, r.backbone, r.adaptation) == (.5, 4, BACKBONES["nano"].guidance_scale, 0, "nano", None)
-    assert pool.weights(10).sum() == 18 and np.array_equal(pool.weights(10).argmax(1), np.repeat(few.train.labels, 3))
+        assert (r.source_id, r.copy) == (few.train.ids[i//3], i%3)
+        assert r.label == r.source_label == r.target_label == label
+        assert r.label_weights == [{"label": label, "weight": 1.}]
+        assert r.prompt == f"a photo of {few.class_names[label]}"
+        assert (r.strength, r.steps, r.guidance) == (.5, 4, NANO.guidance_scale)
+        assert (r.seed, r.backbone, r.adaptation) == (0, "nano", None)
+    assert pool.weights(10).sum() == 18
+    assert np.array_equal(pool.weights(10).argmax(1), np.repeat(few.train.labels, 3))
 
 def test_rows_keep_requested_and_executed_steps():
-    r = SDEdit(strength=.1, num_inference_steps=25).rows(some((0,)), BACKBONES["nano"], 0)[0]
-    assert (r["num_inference_steps"], r["steps"], r["guidance"]) == (25, 2, BACKBONES["nano"].guidance_scale)
-    assert SDEdit(guidance_scale=0.).rows(some((0,)), BACKBONES["nano"], 0)[0]["guidance"] == 0
+    r = SDEdit(strength=.1, num_inference_steps=25).rows(some((0,)), NANO, 0)[0]
+    assert (r["num_inference_steps"], r["steps"], r["guidance"]) == (25, 2, NANO.guidance_scale)
+    assert SDEdit(guidance_scale=0.).rows(some((0,)), NANO, 0)[0]["guidance"] == 0
 
 def test_metaclass_stands_in_the_prompt():
     digits, scans = get_split("nano-digits-1", 0), get_split("nano-scans-5", 0)
-    prompts = {r["prompt"] for r in SDEdit(prompt="metaclass").rows(digits, BACKBONES["nano"], 0)}
+    prompts = {r["prompt"] for r in SDEdit(prompt="metaclass").rows(digits, NANO, 0)}
     assert prompts == {f"a photo of a {n} digit" for n in ("five", "six", "seven", "eight", "nine")}
-    with pytest.raises(DiffDAError, match="needs a metaclass"): SDEdit(prompt="metaclass").rows(scans, BACKBONES["nano"], 0)
+    with pytest.raises(DiffDAError, match="needs a metaclass"):
+        SDEdit(prompt="metaclass").rows(scans, NANO, 0)
 
 def test_every_image_has_a_file_of_its_own():
     ids = ["train/k/a_b", "train/k/a/b", "train/k_a/b", "train/k/a_b_0"]
     whole = get_split("nano-fashion", 0)
     odd = Split(whole.task, 0, whole.class_names, Samples(ids, [0, 0, 0, 0], None, None), None, None, "odd")
-    names = [r["file_name"] for r in PART.rows(odd, BACKBONES["nano"], 0)]
+    names = [r["file_name"] for r in PART.rows(odd, NANO, 0)]
     assert len(set(names)) == len(names) == 12
 
 def test_a_pool_is_an_imagefolder(pool, tmp_path):
     from datasets import load_dataset
     copy = shutil.copytree(pool.folder, tmp_path/"copy")
-    shutil.copy(next(copy.rglob("*.png")), next(copy.rglob("*.png")).parent/".left-over.123.tmp.png")         # a killed run may leave such a file
+    # a killed run may leave such a file
+    some_image = next(copy.rglob("*.png"))
+    shutil.copy(some_image, some_image.parent/".left-over.123.tmp.png")
     ds = load_dataset("imagefolder", data_dir=str(copy), split="train", cache_dir=str(tmp_path/"cache"))
     assert len(ds) == len(pool) and FIELDS - {"file_name"} <= set(ds.column_names)
-    where = {(r["source_id"], r["copy"]): r for r in ds}
+    where = {(row["source_id"], row["copy"]): row for row in ds}
     for i, r in enumerate(pool.rows.itertuples()):
         row = where[r.source_id, r.copy]
-        assert (row["label"], row["prompt"]) == (r.label, r.prompt) and np.array_equal(np.asarray(row["image"].convert("RGB")), np.asarray(pool.image(i)))
+        assert (row["label"], row["prompt"]) == (r.label, r.prompt)
+        assert np.array_equal(np.asarray(row["image"].convert("RGB")), np.asarray(pool.image(i)))
+
+def test_folders_carry_the_label_with_the_largest_weight(tmp_path):
+    "Torchvision sees the classes that the images count for, not those that they were made from."
+    from torchvision.datasets import ImageFolder
+    part = SDEdit(target="any", label="soft", strength=.5, num_inference_steps=4, num_copies=4)
+    made = generate_pool(part, some(), tmp_path)
+    assert json.loads((tmp_path/"class_names.json").read_text()) == made.class_names == some().class_names
+    weights, moved = made.weights(10), made.rows.source_label != made.rows.target_label
+    assert moved.any() and np.array_equal(weights.argmax(1), made.rows.label)
+    label = {str(tmp_path/name): row.argmax() for name, row in zip(made.rows.file_name, weights)}
+    found = ImageFolder(str(tmp_path/"images"))
+    assert len(found) == len(made)
+    for path, number in found.samples: assert found.classes[number] == made.class_names[label[path]]
+
+def test_the_larger_weight_decides_on_the_folder():
+    "A target that counts for less than the source does not name the folder, and a slash is no folder."
+    row = dict(source_id="x", copy=2, label_weights=[{"label": 1, "weight": .3}, {"label": 0, "weight": .7}])
+    assert file_name(row, ["a/b", "c"]) == "images/a_b/x_2.png"
 
 # damage
 
@@ -226,11 +279,17 @@ def test_damaged_image(broken, pool, keep):
     data = path.read_bytes()
     path.write_bytes(data[:int(keep*len(data)) if isinstance(keep, float) else keep])
     p = SyntheticPool(broken)
-    with pytest.raises(DiffDAError, match=f"{path} is damaged. Delete it and .*DONE, then run again"): p.image(3)
+    with pytest.raises(DiffDAError, match=f"{path} is damaged. Delete it and .*DONE, then run again"):
+        p.image(3)
     assert p.image(2).size == (32, 32)
 
-@pytest.mark.parametrize("change, says", [(lambda t: t[:t.rindex("\n", 0, -1) + 1], "lists 17 images where 18 were made"), (lambda t: t + t.splitlines()[0] + "\n", "lists 19 images where 18"),
-                                          (lambda t: t[:-30], "metadata.jsonl is damaged")], ids=["fewer", "more", "torn"])
+def without_the_last(text): return text[:text.rindex("\n", 0, -1) + 1]
+
+DISAGREEING = {"fewer": (without_the_last, "lists 17 images where 18 were made"),
+               "more": (lambda text: text + text.splitlines()[0] + "\n", "lists 19 images where 18"),
+               "torn": (lambda text: text[:-30], "metadata.jsonl is damaged")}
+
+@pytest.mark.parametrize("change, says", DISAGREEING.values(), ids=DISAGREEING)
 def test_rows_that_disagree(broken, change, says):
     meta = broken/"metadata.jsonl"
     meta.write_text(change(meta.read_text()))
@@ -238,9 +297,19 @@ def test_rows_that_disagree(broken, change, says):
 
 def test_missing_image_and_missing_metadata(broken, pool):
     (broken/pool.rows.file_name[5]).unlink()
-    with pytest.raises(DiffDAError, match=f"lacks 1 of its images, first {pool.rows.file_name[5]}"): SyntheticPool(broken)
+    with pytest.raises(DiffDAError, match=f"lacks 1 of its images, first {pool.rows.file_name[5]}"):
+        SyntheticPool(broken)
     (broken/"metadata.jsonl").unlink()
     with pytest.raises(DiffDAError, match="metadata.jsonl is missing"): SyntheticPool(broken)
+
+@pytest.mark.parametrize("leads", ["../secret.png", "images/../../secret.png", "/etc/hostname"])
+def test_a_file_outside_the_pool_is_refused(broken, leads):
+    "Whoever sends a pool does not choose what is read on this machine."
+    (broken.parent/"secret.png").write_bytes(b"")
+    meta = broken/"metadata.jsonl"
+    first, *others = meta.read_text().splitlines(keepends=True)
+    meta.write_text(json.dumps({**json.loads(first), "file_name": leads}) + "\n" + "".join(others))
+    with pytest.raises(DiffDAError, match=f"lists a file outside it, {leads!r}"): SyntheticPool(broken)
 
 def test_missing_images_are_made_anew_and_the_rest_is_kept(few, pool, tmp_path):
     first = generate_pool(PART, few, tmp_path, batch_size=6)
@@ -255,48 +324,62 @@ def test_missing_images_are_made_anew_and_the_rest_is_kept(few, pool, tmp_path):
 
 def test_a_folder_with_other_images_is_refused(few, pool, tmp_path):
     folder = shutil.copytree(pool.folder, tmp_path/"pool")
-    assert generate_pool(PART, few, folder, batch_size=7).digest() == pool.digest()                       # the same again is fine
+    # the same again is fine
+    assert generate_pool(PART, few, folder, batch_size=7).digest() == pool.digest()
     for other in (dataclasses.replace(PART, strength=.9), dataclasses.replace(PART, prompt="article")):
         with pytest.raises(DiffDAError, match="made with other settings"): generate_pool(other, few, folder)
-    with pytest.raises(DiffDAError, match="made with other settings"): generate_pool(PART, few, folder, seed=1)
+    with pytest.raises(DiffDAError, match="made with other settings"):
+        generate_pool(PART, few, folder, seed=1)
     assert SyntheticPool(folder).digest() == pool.digest()
 
 def test_an_adaptation_without_weights_is_refused(few, tmp_path):
-    with pytest.raises(DiffDAError, match="holds nothing that fine-tuning has learned"): generate_pool(PART, few, tmp_path/"pool", adaptation=str(tmp_path/"none"))
+    with pytest.raises(DiffDAError, match="holds nothing that fine-tuning has learned"):
+        generate_pool(PART, few, tmp_path/"pool", adaptation=str(tmp_path/"none"))
 
 # settings and checkpoints that cannot be
 
-@pytest.mark.parametrize("settings, says", [(dict(strength=.1, num_inference_steps=5), r"int\(0.1\*5\) = 0 steps.*at least 0.2"), (dict(strength=0.), r"strength lies in \(0, 1\]; found 0.0"),
-                                            (dict(strength=1.1), "found 1.1"), (dict(num_copies=0), "num_copies is at least 1; found 0")])
+@pytest.mark.parametrize("settings, says", [
+    (dict(strength=.1, num_inference_steps=5), r"int\(0.1\*5\) = 0 steps.*at least 0.2"),
+    (dict(strength=0.), r"strength lies in \(0, 1\]; found 0.0"), (dict(strength=1.1), "found 1.1"),
+    (dict(num_copies=0), "num_copies is at least 1; found 0")])
 def test_settings(settings, says):
     with pytest.raises(DiffDAError, match=says): SDEdit(**settings)
 
 def test_wrong_kinds_of_checkpoint(tmp_path):
-    with pytest.raises(DiffDAError, match="Unknown backbone 'sd51': did you mean .*sd15"): get_backbone("sd51")
-    (tmp_path/"lora").mkdir(); (tmp_path/"lora"/LORA).write_bytes(b"")
-    with pytest.raises(DiffDAError, match="not a diffusers pipeline: it has no model_index.json"): get_backbone(str(tmp_path/"lora"))
+    with pytest.raises(DiffDAError, match="Unknown backbone 'sd51': did you mean .*sd15"):
+        get_backbone("sd51")
+    lora, other = tmp_path/"lora", tmp_path/"p2p"
+    for folder in (lora, other): folder.mkdir()
+    (lora/LORA).write_bytes(b"")
+    with pytest.raises(DiffDAError, match="not a diffusers pipeline: it has no model_index.json"):
+        get_backbone(str(lora))
     for kind in ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLPipeline", None):
-        (tmp_path/"p2p").mkdir(exist_ok=True)
-        (tmp_path/"p2p"/"model_index.json").write_text(json.dumps({"_class_name": kind} if kind else {}))
-        with pytest.raises(DiffDAError, match=f"holds a {kind or 'nothing'}; this method needs a text-to-image Stable Diffusion"): get_backbone(str(tmp_path/"p2p"))
-        with pytest.raises(DiffDAError): generate_pool(PART, some((0,)), tmp_path/"out", backbone=str(tmp_path/"p2p"))
+        (other/"model_index.json").write_text(json.dumps({"_class_name": kind} if kind else {}))
+        says = f"holds a {kind or 'nothing'}; this method needs a text-to-image Stable Diffusion"
+        with pytest.raises(DiffDAError, match=says): get_backbone(str(other))
+        with pytest.raises(DiffDAError): generate_pool(PART, some((0,)), tmp_path/"out", backbone=str(other))
 
-@pytest.mark.parametrize("victim", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "text_encoder/model.safetensors", "model_index.json"])
+VICTIMS = ("unet/diffusion_pytorch_model.safetensors", "vae/config.json", "text_encoder/model.safetensors",
+           "model_index.json")
+
+@pytest.mark.parametrize("victim", VICTIMS)
 def test_damaged_checkpoint(tmp_path, victim):
     copy = shutil.copytree(WHERE, tmp_path/"copy")
     data = (copy/victim).read_bytes()
     (copy/victim).write_bytes(data[:len(data)//2])
-    with pytest.raises(DiffDAError, match="copy"): generate_pool(PART, some((0,)), tmp_path/"out", backbone=str(copy))
+    with pytest.raises(DiffDAError, match="copy"):
+        generate_pool(PART, some((0,)), tmp_path/"out", backbone=str(copy))
 
 def test_a_local_checkpoint_is_told_by_its_content(tmp_path, few, pool):
     copy = shutil.copytree(WHERE, tmp_path/"copy")
     b = get_backbone(str(copy))
-    assert b.resolution == 32 and backbone_key(b) == backbone_key(BACKBONES["nano"])
+    assert b.resolution == 32 and backbone_key(b) == backbone_key(NANO)
     config = json.loads((copy/"unet"/"config.json").read_text())
     other = shutil.copytree(copy, tmp_path/"other")
     (other/"unet"/"config.json").write_text(json.dumps({**config, "changed": 1}))
     assert backbone_key(get_backbone(str(other))) != backbone_key(b)
-    made = generate_pool(dataclasses.replace(PART, guidance_scale=BACKBONES["nano"].guidance_scale), few, tmp_path/"out", backbone=str(copy))
+    part = dataclasses.replace(PART, guidance_scale=NANO.guidance_scale)
+    made = generate_pool(part, few, tmp_path/"out", backbone=str(copy))
     assert distance(made, pool) <= LEVELS
 
 # what fine-tuning learned
@@ -314,24 +397,27 @@ def lora(stock, tmp_path_factory):
     g = generator_for("lora")
     for n, p in unet.named_parameters():
         if "lora_" in n: p.data = torch.randn(p.shape, generator=g)*.3
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
     assert (folder/LORA).exists()
     return folder, unet
 
 @pytest.fixture(scope="module")
 def inversion(stock, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ti")
-    save_file({"<thing>": torch.randn(1, stock.text_encoder.config.hidden_size, generator=generator_for("ti"))}, folder/EMBEDDINGS)
+    vector = torch.randn(1, stock.text_encoder.config.hidden_size, generator=generator_for("ti"))
+    save_file({"<thing>": vector}, folder/EMBEDDINGS)
     return folder
 
 def test_lora_is_applied_and_does_not_stay(few, pool, lora, stock, tmp_path):
     folder, unet = lora
     adapted = generate_pool(PART, few, tmp_path/"a", adaptation=str(folder), batch_size=64)
     assert distance(adapted, pool) > LEVELS
-    original, stock.unet = stock.unet, unet                              # the network with peft's own layers says what the images should be
+    # the network with peft's own layers says what the images should be
+    original, stock.unet = stock.unet, unet
     try:
-        with torch.no_grad(): latent = stock.vae.encode(stock.image_processor.preprocess(few.train.read(0))).latent_dist.mode()*stock.vae.config.scaling_factor
-        direct = stock(adapted.rows.prompt[0], image=latent, strength=.5, num_inference_steps=8, guidance_scale=BACKBONES["nano"].guidance_scale,
+        direct = stock(adapted.rows.prompt[0], image=latent_of(stock, few.train.read(0)), strength=.5,
+                       num_inference_steps=8, guidance_scale=NANO.guidance_scale,
                        generator=generator_for(0, few.train.ids[0], 0, "noise")).images[0]
     finally: stock.unet = original
     assert np.abs(np.asarray(direct).astype(int) - np.asarray(adapted.image(0))).max() <= LEVELS
@@ -356,7 +442,10 @@ def test_both_together(inversion, lora, tmp_path):
     shutil.copy(inversion/EMBEDDINGS, both)
     split = some((0, 1), class_names=["<thing>", *some().class_names[1:]])
     part = dataclasses.replace(PART, strength=1., guidance_scale=7.5)
-    pools = [generate_pool(part, split, tmp_path/n, adaptation=a and str(a)) for n, a in (("x", None), ("y", lora[0]), ("z", inversion), ("w", both))]
+    learned = {"x": None, "y": lora[0], "z": inversion, "w": both}
+    def drawn(name, learned):
+        return generate_pool(part, split, tmp_path/name, adaptation=learned and str(learned))
+    pools = [drawn(*each) for each in learned.items()]
     assert all(distance(a, b) > LEVELS for i, a in enumerate(pools) for b in pools[:i])
 
 # on a GPU

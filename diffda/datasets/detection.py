@@ -10,143 +10,230 @@ __all__ = ['coco', 'VOC_NAMES', 'voc', 'SPURGE', 'spurge', 'outline_mask', 'larg
 import functools, json
 from pathlib import Path
 
-import numpy as np, torchvision
-from matplotlib.path import Path as Outline
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image
 
 from ..core import DiffDAError, digest, file_digest
-from ..data import Dataset, Problems, Samples, folder_samples, listed_samples
 from .base import Source, hold_out, needs, parsed, parted, register_source, unknown_form
+from ..samples import DAMAGE, Dataset, Problems, Samples, folder_samples, listed_samples
 
 # %% ../../nbs/datasets/detection.ipynb #5e976ff9
 def outline_mask(outline, size, what:str="an object") -> Image.Image:
-    "The object in COCO's `outline` (polygons or run lengths) as an image of mode 'L', 255 inside; `size` = (height, width) in pixels, `what` to be named in an error."
-    h, w = size
+    """The object in COCO's `outline` (polygons or run lengths) as an image of mode 'L', 255 inside.
+
+    `size` = (height, width) in pixels; a malformed outline is a `DiffDAError` that names `what`."""
     packed = isinstance(outline, dict) and isinstance(outline.get("counts"), str)
     tool = needs("pycocotools.mask", "pycocotools", "Packed run lengths of COCO") if packed else None
     try:
-        if packed: inside = tool.decode({"size": [h, w], "counts": outline["counts"].encode()})
-        elif isinstance(outline, dict): inside = np.repeat(np.arange(len(outline["counts"]))%2, outline["counts"]).reshape(w, h).T
-        else:
-            y, x = np.mgrid[:h, :w] + .5
-            centres = np.stack([x.ravel(), y.ravel()], 1)
-            inside = np.any([Outline(np.reshape(p, (-1, 2))).contains_points(centres) for p in outline], 0).reshape(h, w)
-    except (ValueError, TypeError, KeyError) as e: raise DiffDAError(f"The outline of {what} is malformed ({e}); get the annotations again.") from e
+        if packed: inside = tool.decode({"size": list(size), "counts": outline["counts"].encode()})
+        elif isinstance(outline, dict): inside = _in_runs(outline["counts"], *size)
+        else: inside = _in_polygons(outline, *size)
+    except (ValueError, TypeError, KeyError) as e:
+        raise DiffDAError(f"The outline of {what} is malformed ({e}); get the annotations again.") from e
     return Image.fromarray(inside.astype(np.uint8)*255)
+
+def _in_runs(counts, height, width) -> np.ndarray:
+    "Pixels [height, width] inside an object, from lengths of stretches outside and inside, down the columns."
+    return np.repeat(np.arange(len(counts))%2, counts).reshape(width, height).T
+
+def _in_polygons(polygons, height, width) -> np.ndarray:
+    "Pixels [height, width] whose centres are inside one of the polygons [x, y, x, y, …]."
+    from matplotlib.path import Path as Outline
+    y, x = np.mgrid[:height, :width] + .5
+    centres = np.stack([x.ravel(), y.ravel()], 1)
+    hits = [Outline(np.reshape(p, (-1, 2))).contains_points(centres) for p in polygons]
+    return np.any(hits, 0).reshape(height, width)
 
 # %% ../../nbs/datasets/detection.ipynb #0c900686
 @functools.lru_cache(maxsize=4)
-def largest_objects(path, changed):
-    "Of an annotation file of COCO: ({category number: name}, [(file name, (height, width), category, outline of the largest object), …])."
-    bad = Problems("coco", Path(path).parent.parent)
-    try:
-        found = json.loads(Path(path).read_text("utf-8"))
-        names = {int(c["id"]): str(c["name"]) for c in found["categories"]}
-        images = {int(i["id"]): (str(i["file_name"]), (int(i["height"]), int(i["width"]))) for i in found["images"]}
-        annotations = list(found["annotations"])
-    except FileNotFoundError as e: raise DiffDAError(f"File {path} is missing; get the annotations again.") from e
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e: raise DiffDAError(f"File {path} is damaged ({type(e).__name__}: {e}); get the annotations again.") from e
-    best = {}
-    for n, a in enumerate(annotations):
-        try: size, image, category, outline = (float(a["area"]), -int(a["id"])), int(a["image_id"]), int(a["category_id"]), a["segmentation"]
-        except (KeyError, TypeError, ValueError): bad.add("malformed annotation", f"number {n + 1} of {Path(path).name}"); continue
-        if image not in images: bad.add("annotation of an image that is not listed", f"image {image} in {Path(path).name}")
-        elif category not in names: bad.add("annotation of a category that is not listed", f"category {category} in {Path(path).name}")
-        elif image not in best or size > best[image][0]: best[image] = size, category, outline
+def largest_objects(path, changed) -> tuple:
+    """Of an annotation file of COCO: ({category number: name},
+    [(file name, (height, width), category, outline of the largest object), …]).
+
+    `changed` is the time of its last change. A file that is damaged or contradicts itself is a
+    `DiffDAError`."""
+    path = Path(path)
+    names, images, annotations = _coco_tables(path)
+    bad, best = Problems("coco", path.parent.parent), {}
+    for n, annotation in enumerate(annotations):
+        try: rank, image, category, outline = _annotated(annotation)
+        except (KeyError, TypeError, ValueError):
+            bad.add("malformed annotation", f"number {n + 1} of {path.name}")
+            continue
+        if image not in images:
+            bad.add("annotation of an image that is not listed", f"image {image} in {path.name}")
+        elif category not in names:
+            bad.add("annotation of a category that is not listed", f"category {category} in {path.name}")
+        elif image not in best or rank > best[image][0]: best[image] = rank, category, outline
     bad.tell()
     return names, [(*images[i], *best[i][1:]) for i in images if i in best]
 
+def _annotated(annotation) -> tuple:
+    "((area, -id), image, category, outline): the larger area is the larger object, then the smaller id."
+    rank = float(annotation["area"]), -int(annotation["id"])
+    return rank, int(annotation["image_id"]), int(annotation["category_id"]), annotation["segmentation"]
+
+def _coco_tables(path) -> tuple:
+    "({number: category}, {number: (file name, (height, width))}, annotations) of a file of COCO."
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        names = {int(c["id"]): str(c["name"]) for c in found["categories"]}
+        images = {int(i["id"]): (str(i["file_name"]), (int(i["height"]), int(i["width"])))
+                  for i in found["images"]}
+        return names, images, list(found["annotations"])
+    except FileNotFoundError as e:
+        raise DiffDAError(f"File {path} is missing; get the annotations again.") from e
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise DiffDAError(f"File {path} is damaged ({type(e).__name__}: {e}); "
+                          "get the annotations again.") from e
+
+# %% ../../nbs/datasets/detection.ipynb #b8f5c8e2
 def _coco_part(root, part) -> tuple:
+    "({category number: name}, [(file name below `root`, (height, width), category, outline), …]) of a part."
     path = root/"annotations"/f"instances_{part}.json"
     if not path.is_file(): raise DiffDAError(f"File {path} is missing; get the annotations again.")
     names, objects = largest_objects(path, path.stat().st_mtime_ns)
-    return names, [(part, *o) for o in objects]
+    return names, [(f"{part}/{file}", *rest) for file, *rest in objects]
 
 def read_coco(root, task) -> Dataset:
     "COCO 2017 with the category of the largest object as class."
     root = Path(root)
-    (names, train), (other, test) = (_coco_part(root, p) for p in ("train2017", "val2017"))
-    if names != other: raise DiffDAError(f"Dataset 'coco' at {root}: the training and validation annotations list different categories; get both from the same release.")
+    (names, train), (other, test) = (_coco_part(root, part) for part in ("train2017", "val2017"))
+    if names != other:
+        raise DiffDAError(f"Dataset 'coco' at {root}: the training and validation annotations list different "
+                          "categories; get both from the same release.")
     objects, numbers = train + test, sorted(names)
-    rows = [(f"{part}/{file.rpartition('.')[0]}", f"{part}/{file}", numbers.index(category)) for part, file, _, category, _ in objects]
+    rows = [(file.rpartition(".")[0], file, numbers.index(category)) for file, _, category, _ in objects]
     found = listed_samples("coco", root, rows, len(numbers))
-    mask = lambda i: outline_mask(objects[i][4], objects[i][2], f"{rows[i][1]} at {root}")
-    samples = Samples(found.ids, found.labels, found.read, lambda i: digest([found.mark(i), objects[i][2], objects[i][4]]), mask=mask)
-    return Dataset("coco", [names[k] for k in numbers], *parted(samples, [o[0] == "val2017" for o in objects]))
 
-coco = register_source(Source("coco", "COCO 2017 (largest object)", read_coco, ("coco2017", "coco"), 80, {"original": {"train": 117266, "test": 4952}},
-    "train2017/*.jpg, val2017/*.jpg, annotations/instances_train2017.json and annotations/instances_val2017.json",
+    def mask(i):
+        file, size, _, outline = objects[i]
+        return outline_mask(outline, size, f"{file} at {root}")
+
+    def mark(i): return digest([found.mark(i), objects[i][1], objects[i][3]])
+
+    samples = Samples(found.ids, found.labels, found.read, mark, mask=mask)
+    is_test = [i >= len(train) for i in range(len(rows))]
+    return Dataset("coco", [names[k] for k in numbers], *parted(samples, is_test))
+
+coco = register_source(Source(
+    "coco", "COCO 2017 (largest object)", read_coco, ("coco2017", "coco"), 80,
+    {"original": {"train": 117266, "test": 4952}},
+    "train2017/*.jpg, val2017/*.jpg, annotations/instances_train2017.json and "
+    "annotations/instances_val2017.json",
     "https://cocodataset.org/#download", "annotations CC BY 4.0; the images are Flickr's, see the page",
-    "download http://images.cocodataset.org/zips/train2017.zip, http://images.cocodataset.org/zips/val2017.zip and "
-    "http://images.cocodataset.org/annotations/annotations_trainval2017.zip, and unpack them in $DIFFDA_DATA/coco2017.", 21.))
+    "download http://images.cocodataset.org/zips/train2017.zip, "
+    "http://images.cocodataset.org/zips/val2017.zip and "
+    "http://images.cocodataset.org/annotations/annotations_trainval2017.zip, and unpack them in "
+    "$DIFFDA_DATA/coco2017.", 21.))
 
 # %% ../../nbs/datasets/detection.ipynb #8247a9a7
-VOC_NAMES = ("airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse", "motorcycle", "person", "potted plant",
-             "sheep", "sofa", "train", "television")
+VOC_NAMES = ("airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+             "dining table", "dog", "horse", "motorcycle", "person", "potted plant", "sheep", "sofa", "train",
+             "television")
 _KINDS = {"JPEGImages": "jpg", "SegmentationClass": "png", "SegmentationObject": "png"}
+_MASKS = ("SegmentationClass", "SegmentationObject")
 
 def palette_numbers(path) -> np.ndarray:
-    "The numbers of a palette image [height, width]; one that shows colours instead is an error."
+    "The numbers of a palette image [height, width]; one that shows colours instead is a `DiffDAError`."
     try:
-        with Image.open(path) as im:
-            if im.mode not in ("P", "L"): raise DiffDAError(f"Mask {path} has mode {im.mode}, so its numbers are lost; expected a palette image")
-            return np.asarray(im)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        with Image.open(path) as image:
+            if image.mode in ("P", "L"): return np.asarray(image)
+    except DAMAGE as e:
         raise DiffDAError(f"Mask {path} is damaged ({str(e) or type(e).__name__})") from e
+    raise DiffDAError(f"Mask {path} has mode {image.mode}, so its numbers are lost; expected a palette image")
 
 def most_pixels(numbers) -> int:
-    "The number that most pixels have, apart from background (0) and void (255); the smaller one of two; None if there is no other."
+    """The number that most pixels have, apart from background (0) and void (255); the smaller one of two.
+
+    None if there is no other."""
     counts = np.bincount(np.ravel(numbers), minlength=256)
     counts[[0, 255]] = 0
     return int(counts.argmax()) if counts.any() else None
 
+# %% ../../nbs/datasets/detection.ipynb #4ea877b2
+def _voc_object(root, name):
+    "(class from 0, number of the largest object, digest of its mask file) of an image, or None without "
+    "objects."
+    return _voc_read(root, name, tuple((root/kind/f"{name}.png").stat().st_mtime_ns for kind in _MASKS))
+
 @functools.lru_cache(maxsize=None)
-def _voc_object(root, name, changed):
-    "(class from 0, number of the largest object, digest of its mask file) of an image, or None without objects."
-    classes, objects = (palette_numbers(root/k/f"{name}.png") for k in ("SegmentationClass", "SegmentationObject"))
-    if classes.shape != objects.shape: raise DiffDAError(f"The two masks of {name} at {root} differ in size: {classes.shape} and {objects.shape}")
+def _voc_read(root, name, changed):
+    classes, objects = (palette_numbers(root/kind/f"{name}.png") for kind in _MASKS)
+    if classes.shape != objects.shape:
+        raise DiffDAError(f"The two masks of {name} at {root} differ in size: "
+                          f"{classes.shape} and {objects.shape}")
     number = most_pixels(objects)
     if number is None: return None
-    return (most_pixels(classes[objects == number]) or 0) - 1, number, file_digest(root/"SegmentationObject"/f"{name}.png")
+    label = (most_pixels(classes[objects == number]) or 0) - 1
+    return label, number, file_digest(root/"SegmentationObject"/f"{name}.png")
 
+def _voc_objects(root, names, bad) -> list:
+    "`_voc_object` of all `names`; pairs of masks that cannot be used are told in one error."
+    files = [(f"{kind}/{name}", f"{kind}/{name}.{ending}", 0)
+             for name in names for kind, ending in _KINDS.items()]
+    listed_samples("voc", root, files, 1)                        # are all files there?
+    found = []
+    for name in names:
+        try: found.append(_voc_object(root, name))
+        except DiffDAError as e: bad.add("pair of masks that cannot be used", e)
+    bad.tell()
+    return found
+
+# %% ../../nbs/datasets/detection.ipynb #93bbe976
 def read_voc(root, task) -> Dataset:
     "VOC 2012's segmentation part with the class of the largest object."
     root = Path(root)
-    bad = Problems("voc", root)
-    parts = [parsed(root/"ImageSets"/"Segmentation"/f"{p}.txt", str.strip, bad) for p in ("train", "val")]
+    bad, lists = Problems("voc", root), root/"ImageSets"/"Segmentation"
+    train, test = (parsed(lists/f"{part}.txt", str.strip, bad) for part in ("train", "val"))
     bad.tell()
-    names = sum(parts, [])
-    listed_samples("voc", root, [(f"{k}/{n}", f"{k}/{n}.{ending}", 0) for n in names for k, ending in _KINDS.items()], 1)        # are all files there?
-    found = []
-    for n in names:
-        try: found.append(_voc_object(root, n, tuple((root/k/f"{n}.png").stat().st_mtime_ns for k in ("SegmentationClass", "SegmentationObject"))))
-        except DiffDAError as e: bad.add("pair of masks that cannot be used", e)
-    bad.tell()
-    keep = [i for i, f in enumerate(found) if f]
-    kept, test = [(names[i], *found[i]) for i in keep], [i >= len(parts[0]) for i in keep]
-    images = listed_samples("voc", root, [(n, f"JPEGImages/{n}.jpg", label) for n, label, _, _ in kept], len(VOC_NAMES))
-    mask = lambda i: Image.fromarray((palette_numbers(root/"SegmentationObject"/f"{kept[i][0]}.png") == kept[i][2]).astype(np.uint8)*255)
-    samples = Samples(images.ids, images.labels, images.read, lambda i: digest([images.mark(i), kept[i][2], kept[i][3]]), mask=mask)
-    return Dataset("voc", list(VOC_NAMES), *parted(samples, test))
+    names = train + test
+    objects = _voc_objects(root, names, bad)
+    kept = [(i, names[i], *found) for i, found in enumerate(objects) if found]
+    rows = [(name, f"JPEGImages/{name}.jpg", label) for _, name, label, _, _ in kept]
+    images = listed_samples("voc", root, rows, len(VOC_NAMES))
 
-voc = register_source(Source("voc", "PASCAL VOC 2012 (largest object)", read_voc, ("VOCdevkit/VOC2012", "VOC2012"), 20, {"original": {"train": 1464, "test": 1449}},
-    "JPEGImages/*.jpg, SegmentationClass/*.png, SegmentationObject/*.png and ImageSets/Segmentation/{train,val}.txt",
+    def mask(i):
+        _, name, _, number, _ = kept[i]
+        inside = palette_numbers(root/"SegmentationObject"/f"{name}.png") == number
+        return Image.fromarray(inside.astype(np.uint8)*255)
+
+    def mark(i): return digest([images.mark(i), kept[i][3], kept[i][4]])
+
+    samples = Samples(images.ids, images.labels, images.read, mark, mask=mask)
+    return Dataset("voc", list(VOC_NAMES), *parted(samples, [place >= len(train) for place, *_ in kept]))
+
+def _fetch_voc(root):
+    from torchvision.datasets import VOCSegmentation
+    VOCSegmentation(Path(root).parents[1], year="2012", download=True)
+
+voc = register_source(Source(
+    "voc", "PASCAL VOC 2012 (largest object)", read_voc, ("VOCdevkit/VOC2012", "VOC2012"), 20,
+    {"original": {"train": 1464, "test": 1449}},
+    "JPEGImages/*.jpg, SegmentationClass/*.png, SegmentationObject/*.png and "
+    "ImageSets/Segmentation/{train,val}.txt",
     "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/", "see the page (the images are Flickr's)",
-    "run torchvision.datasets.VOCSegmentation($DIFFDA_DATA, year='2012', download=True), or unpack VOCtrainval_11-May-2012.tar from the page into $DIFFDA_DATA.", 2.,
-    download=lambda root: torchvision.datasets.VOCSegmentation(Path(root).parents[1], year="2012", download=True), class_names=VOC_NAMES))
+    "run torchvision.datasets.VOCSegmentation($DIFFDA_DATA, year='2012', download=True), or unpack "
+    "VOCtrainval_11-May-2012.tar from the page into "
+    "$DIFFDA_DATA.", 2., download=_fetch_voc, class_names=VOC_NAMES))
 
 # %% ../../nbs/datasets/detection.ipynb #d39c22f8
 SPURGE = ("absent", "apparent")
 
 def read_spurge(root, task) -> Dataset:
     "Leafy spurge: two folders divided in halves, or the public survey as train and test folders."
-    root = Path(root)
-    if all((root/p).is_dir() for p in ("train", "test")):
-        return Dataset("spurge", list(SPURGE), *(folder_samples("spurge", root/p, SPURGE, p) for p in ("train", "test")), layout="public")
+    root, classes = Path(root), list(SPURGE)
+    if all((root/part).is_dir() for part in ("train", "test")):
+        parts = (folder_samples("spurge", root/part, SPURGE, part) for part in ("train", "test"))
+        return Dataset("spurge", classes, *parts, layout="public")
     if not any((root/c).is_dir() for c in SPURGE): unknown_form("spurge", root)
-    return Dataset("spurge", list(SPURGE), *hold_out(folder_samples("spurge", root, SPURGE, "spurge"), .5))
+    return Dataset("spurge", classes, *hold_out(folder_samples("spurge", root, SPURGE, "spurge"), .5))
 
-spurge = register_source(Source("spurge", "Leafy Spurge", read_spurge, ("spurge",), 2, {"public": {"train": 800}},
-    "absent/*.png and apparent/*.png, or train/ and test/ with these folders", "https://huggingface.co/datasets/mpg-ranch/leafy_spurge", "see the page",
-    "ask the authors of DA-Fusion for its images; or load mpg-ranch/leafy_spurge (crop or context) with Hugging Face datasets and save each image "
-    "as $DIFFDA_DATA/spurge/<train or test>/<absent or apparent>/<number>.png.", .2, readable={"absent": "no spurge", "apparent": "leafy spurge"}, class_names=SPURGE))
+spurge = register_source(Source(
+    "spurge", "Leafy Spurge", read_spurge, ("spurge",), 2, {"public": {"train": 800}},
+    "absent/*.png and apparent/*.png, or train/ and test/ with these folders",
+    "https://huggingface.co/datasets/mpg-ranch/leafy_spurge", "see the page",
+    "ask the authors of DA-Fusion for its images; or load mpg-ranch/leafy_spurge (crop or context) with "
+    "Hugging Face datasets and save each image as $DIFFDA_DATA/spurge/<train or test>/<absent or "
+    "apparent>/<number>.png.",
+    .2, readable={"absent": "no spurge", "apparent": "leafy spurge"}, class_names=SPURGE))

@@ -10,16 +10,18 @@ __all__ = ['birds', 'aircraft', 'aircraft_cropped', 'FLOWERS', 'flowers', 'cars'
 import dataclasses
 from pathlib import Path
 
-import numpy as np, torchvision
+import numpy as np
 
 from ..core import DiffDAError
-from ..data import Dataset, Problems, Samples, listed_samples
 from .base import Source, keyed_lines, needs, parsed, parted, register_source, released
+from ..samples import Dataset, Problems, Samples, listed_samples
 
 # %% ../../nbs/datasets/fine_grained.ipynb #4ba4f44a
 def after_dot(folder:str) -> str:
     "The class name in a folder name of CUB: what follows the first dot."
     return folder.partition(".")[2] or folder
+
+_CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
 
 def read_birds(root, task) -> Dataset:
     "CUB-200-2011 in its text files, or UniDiffDA's folders."
@@ -27,24 +29,37 @@ def read_birds(root, task) -> Dataset:
     if found: return dataclasses.replace(found, class_names=[after_dot(n) for n in found.class_names])
     root = Path(root)
     bad = Problems("birds", root)
-    images, labels, parts, classes = (keyed_lines(root/f, bad) for f in ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"))
+    images, labels, parts, classes = (keyed_lines(root/file, bad) for file in _CUB)
+    _check_cub(images, labels, parts, classes, bad)
+    numbers = sorted(classes, key=int)
+    rows = [(path.rpartition(".")[0], f"images/{path}", numbers.index(labels[k]))
+            for k, path in images.items()]
+    samples = listed_samples("birds", root, rows, len(numbers))
+    train, test = parted(samples, [parts[k] == "0" for k in images])
+    return Dataset("birds", [after_dot(classes[k]) for k in numbers], train, test)
+
+def _check_cub(images, labels, parts, classes, bad):
+    "Tell what is missing from the four lists, {number: …}, and where they contradict each other."
     for k in classes:
         if not k.isdecimal(): bad.add("class without a number", f"{k} {classes[k]}")
     bad.tell()
-    numbers = sorted(classes, key=int)
-    for k in sorted((labels.keys() | parts.keys()) - images.keys()): bad.add("line about an image that images.txt does not list", k)
+    for k in sorted((labels.keys() | parts.keys()) - images.keys()):
+        bad.add("line about an image that images.txt does not list", k)
     for k, path in images.items():
         if labels.get(k) not in classes: bad.add("image without a class of classes.txt", path)
         elif path.split("/")[0] != classes[labels[k]]: bad.add("image in the folder of another class", path)
-        if parts.get(k) not in ("0", "1"): bad.add("image that is neither for training (1) nor for testing (0)", path)
+        if parts.get(k) not in ("0", "1"):
+            bad.add("image that is neither for training (1) nor for testing (0)", path)
     bad.tell()
-    rows = [(path.rpartition(".")[0], f"images/{path}", numbers.index(labels[k])) for k, path in images.items()]
-    return Dataset("birds", [after_dot(classes[k]) for k in numbers], *parted(listed_samples("birds", root, rows, len(numbers)), [parts[k] == "0" for k in images]))
 
-birds = register_source(Source("birds", "CUB-200-2011 (Birds)", read_birds, ("CUB_200_2011",), 200, {"original": {"train": 5994, "test": 5794}},
-    "images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and images/<class>/*.jpg, or train/<class> and test/<class>",
+birds = register_source(Source(
+    "birds", "CUB-200-2011 (Birds)", read_birds, ("CUB_200_2011",), 200,
+    {"original": {"train": 5994, "test": 5794}},
+    "images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and images/<class>/*.jpg, "
+    "or train/<class> and test/<class>",
     "https://data.caltech.edu/records/65de6-vp158", "see the page (images from the web, for research)",
-    "download CUB_200_2011.tgz from the page and unpack it into $DIFFDA_DATA; its folder CUB_200_2011 is what is read.", 1.2))
+    "download CUB_200_2011.tgz from the page and unpack it into $DIFFDA_DATA; its folder CUB_200_2011 is "
+    "what is read.", 1.2))
 
 # %% ../../nbs/datasets/fine_grained.ipynb #01da2754
 def read_aircraft(root, task) -> Dataset:
@@ -54,19 +69,34 @@ def read_aircraft(root, task) -> Dataset:
     root = Path(root)/"data" if (Path(root)/"data").is_dir() else Path(root)
     bad = Problems("aircraft", root)
     names = sorted(set(parsed(root/"variants.txt", str.strip, bad)))
-    parts = [keyed_lines(root/f"images_variant_{p}.txt", bad) for p in ("train", "test")]
-    place = {n: i for i, n in enumerate(names)}
-    for k, name in (line for p in parts for line in p.items()):
-        if name not in place: bad.add("variant that variants.txt does not list", f"{name!r} of image {k}")
+    parts = [keyed_lines(root/f"images_variant_{part}.txt", bad) for part in ("train", "test")]
+    lines = [line for part in parts for line in part.items()]
+    for k, name in lines:
+        if name not in names: bad.add("variant that variants.txt does not list", f"{name!r} of image {k}")
     bad.tell()
-    rows = [(k, f"images/{k}.jpg", place[name]) for p in parts for k, name in p.items()]
-    return Dataset("aircraft", names, *parted(listed_samples("aircraft", root, rows, len(names)), [i >= len(parts[0]) for i in range(len(rows))]))
+    rows = [(k, f"images/{k}.jpg", names.index(name)) for k, name in lines]
+    samples = listed_samples("aircraft", root, rows, len(names))
+    return Dataset("aircraft", names, *parted(samples, [i >= len(parts[0]) for i in range(len(rows))]))
 
+def _fetch_aircraft(root):
+    from torchvision.datasets import FGVCAircraft
+    FGVCAircraft(Path(root).parent, download=True)
+
+aircraft = register_source(Source(
+    "aircraft", "FGVC-Aircraft", read_aircraft, ("fgvc-aircraft-2013b",), 100,
+    {"original": {"train": 3334, "test": 3333}},
+    "data/variants.txt, data/images_variant_train.txt, data/images_variant_test.txt and data/images/*.jpg, "
+    "or train/<class> and test/<class>",
+    "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/", "see the page (for non-commercial research)",
+    "run torchvision.datasets.FGVCAircraft($DIFFDA_DATA, download=True), or unpack "
+    "fgvc-aircraft-2013b.tar.gz from the page into $DIFFDA_DATA.", 2.8, download=_fetch_aircraft))
+
+# %% ../../nbs/datasets/fine_grained.ipynb #9e4dfbb2
 def without_banner(samples:Samples, height:int=20) -> Samples:
     "`samples` without the lowest `height` pixels of each image."
     def read(i):
-        im = samples.read(i)
-        return im.crop((0, 0, im.width, max(1, im.height - height)))
+        image = samples.read(i)
+        return image.crop((0, 0, image.width, max(1, image.height - height)))
     return Samples(samples.ids, samples.labels, read, lambda i: f"{samples.mark(i)} without {height}")
 
 def read_cropped(root, task) -> Dataset:
@@ -74,74 +104,106 @@ def read_cropped(root, task) -> Dataset:
     found = read_aircraft(root, task)
     return dataclasses.replace(found, train=without_banner(found.train), test=without_banner(found.test))
 
-aircraft = register_source(Source("aircraft", "FGVC-Aircraft", read_aircraft, ("fgvc-aircraft-2013b",), 100, {"original": {"train": 3334, "test": 3333}},
-    "data/variants.txt, data/images_variant_train.txt, data/images_variant_test.txt and data/images/*.jpg, or train/<class> and test/<class>",
-    "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/", "see the page (for non-commercial research)",
-    "run torchvision.datasets.FGVCAircraft($DIFFDA_DATA, download=True), or unpack fgvc-aircraft-2013b.tar.gz from the page into $DIFFDA_DATA.", 2.8,
-    download=lambda root: torchvision.datasets.FGVCAircraft(Path(root).parent, download=True)))
-aircraft_cropped = register_source(dataclasses.replace(aircraft, name="aircraft-cropped", title="FGVC-Aircraft without banners", read=read_cropped))
+aircraft_cropped = register_source(dataclasses.replace(
+    aircraft, name="aircraft-cropped", title="FGVC-Aircraft without banners", read=read_cropped))
 
 # %% ../../nbs/datasets/fine_grained.ipynb #14b4bad8
 def mat_variable(path, name:str) -> np.ndarray:
-    "Variable `name` of a MATLAB file (before version 7.3), at least 1-D."
+    "Variable `name` of a MATLAB file (before version 7.3), at least 1-D; a damaged file is a `DiffDAError`."
     io = needs("scipy.io", "scipy", "MATLAB files (.mat)")
     if not Path(path).is_file(): raise DiffDAError(f"File {path} is missing; get the dataset again.")
     try: found = io.loadmat(path, squeeze_me=True, variable_names=[name])
-    except Exception as e: raise DiffDAError(f"File {path} is damaged ({str(e) or type(e).__name__}); get the dataset again.") from e
+    except Exception as e:
+        raise DiffDAError(f"File {path} is damaged ({str(e) or type(e).__name__}); "
+                          "get the dataset again.") from e
     if name not in found: raise DiffDAError(f"File {path} has no variable {name!r}; get the dataset again.")
     return np.atleast_1d(found[name])
 
 def mat_numbers(path, name:str) -> list:
-    "Variable `name` of a MATLAB file as whole numbers."
+    "Variable `name` of a MATLAB file as whole numbers; anything else is a `DiffDAError`."
     found = mat_variable(path, name)
-    if found.dtype.kind not in "iuf" or found.ndim != 1: raise DiffDAError(f"Variable {name!r} of {path} is no list of numbers; get the dataset again.")
+    if found.dtype.kind not in "iuf" or found.ndim != 1:
+        raise DiffDAError(f"Variable {name!r} of {path} is no list of numbers; get the dataset again.")
     return [int(x) for x in np.nan_to_num(found)]
 
 # %% ../../nbs/datasets/fine_grained.ipynb #c26386b7
-FLOWERS = tuple("""pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid, bird of paradise, monkshood,
-globe thistle, snapdragon, colt's foot, king protea, spear thistle, yellow iris, globe-flower, purple coneflower, peruvian lily, balloon flower, giant white arum lily,
-fire lily, pincushion flower, fritillary, red ginger, grape hyacinth, corn poppy, prince of wales feathers, stemless gentian, artichoke, sweet william, carnation,
-garden phlox, love in the mist, mexican aster, alpine sea holly, ruby-lipped cattleya, cape flower, great masterwort, siam tulip, lenten rose, barbeton daisy, daffodil,
-sword lily, poinsettia, bolero deep blue, wallflower, marigold, buttercup, oxeye daisy, common dandelion, petunia, wild pansy, primula, sunflower, pelargonium,
-bishop of llandaff, gaura, geranium, orange dahlia, pink-yellow dahlia, cautleya spicata, japanese anemone, black-eyed susan, silverbush, californian poppy, osteospermum,
-spring crocus, bearded iris, windflower, tree poppy, gazania, azalea, water lily, rose, thorn apple, morning glory, passion flower, lotus, toad lily, anthurium, frangipani,
-clematis, hibiscus, columbine, desert-rose, tree mallow, magnolia, cyclamen, watercress, canna lily, hippeastrum, bee balm, ball moss, foxglove, bougainvillea, camellia,
-mallow, mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily""".replace("\n", " ").split(", "))
+_FLOWERS = """
+pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon
+orchid, bird of paradise, monkshood, globe thistle, snapdragon, colt's foot, king protea, spear thistle,
+yellow iris, globe-flower, purple coneflower, peruvian lily, balloon flower, giant white arum lily, fire
+lily, pincushion flower, fritillary, red ginger, grape hyacinth, corn poppy, prince of wales feathers,
+stemless gentian, artichoke, sweet william, carnation, garden phlox, love in the mist, mexican aster,
+alpine sea holly, ruby-lipped cattleya, cape flower, great masterwort, siam tulip, lenten rose, barbeton
+daisy, daffodil, sword lily, poinsettia, bolero deep blue, wallflower, marigold, buttercup, oxeye daisy,
+common dandelion, petunia, wild pansy, primula, sunflower, pelargonium, bishop of llandaff, gaura,
+geranium, orange dahlia, pink-yellow dahlia, cautleya spicata, japanese anemone, black-eyed susan,
+silverbush, californian poppy, osteospermum, spring crocus, bearded iris, windflower, tree poppy, gazania,
+azalea, water lily, rose, thorn apple, morning glory, passion flower, lotus, toad lily, anthurium,
+frangipani, clematis, hibiscus, columbine, desert-rose, tree mallow, magnolia, cyclamen, watercress, canna
+lily, hippeastrum, bee balm, ball moss, foxglove, bougainvillea, camellia, mallow, mexican petunia,
+bromelia, blanket flower, trumpet creeper, blackberry lily"""
+FLOWERS = tuple(" ".join(_FLOWERS.split()).split(", "))
 
+# %% ../../nbs/datasets/fine_grained.ipynb #72b10b5a
 def read_flowers(root, task) -> Dataset:
     "Oxford Flowers 102: shots from `trnid` and `valid`, test on `tstid`."
     root = Path(root)
     labels = mat_numbers(root/"imagelabels.mat", "labels")
-    parts = [mat_numbers(root/"setid.mat", p) for p in ("trnid", "valid", "tstid")]
-    numbers, bad = sum(parts, []), Problems("flowers102", root)
+    train, more, test = (mat_numbers(root/"setid.mat", part) for part in ("trnid", "valid", "tstid"))
+    numbers, bad = train + more + test, Problems("flowers102", root)
     for n in numbers:
         if not 1 <= n <= len(labels): bad.add(f"image number outside the {len(labels)} of imagelabels.mat", n)
     bad.tell()
     rows = [(f"image_{n:05d}", f"jpg/image_{n:05d}.jpg", labels[n - 1] - 1) for n in numbers]
-    return Dataset("flowers102", list(FLOWERS), *parted(listed_samples("flowers102", root, rows, len(FLOWERS)), [i >= len(numbers) - len(parts[2]) for i in range(len(rows))]))
+    samples = listed_samples("flowers102", root, rows, len(FLOWERS))
+    first = len(train) + len(more)
+    return Dataset("flowers102", list(FLOWERS), *parted(samples, [i >= first for i in range(len(rows))]))
 
-flowers = register_source(Source("flowers102", "Oxford Flowers 102", read_flowers, ("flowers-102",), 102, {"original": {"train": 2040, "test": 6149}},
-    "imagelabels.mat, setid.mat and jpg/image_00001.jpg, …", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", "see the page",
-    "run torchvision.datasets.Flowers102($DIFFDA_DATA, download=True), or put jpg/ of 102flowers.tgz, imagelabels.mat and setid.mat from the page into $DIFFDA_DATA/flowers-102.", .4,
-    download=lambda root: torchvision.datasets.Flowers102(Path(root).parent, download=True), class_names=FLOWERS))
+def _fetch_flowers(root):
+    from torchvision.datasets import Flowers102
+    Flowers102(Path(root).parent, download=True)
+
+flowers = register_source(Source(
+    "flowers102", "Oxford Flowers 102", read_flowers, ("flowers-102",), 102,
+    {"original": {"train": 2040, "test": 6149}}, "imagelabels.mat, setid.mat and jpg/image_00001.jpg, …",
+    "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", "see the page",
+    "run torchvision.datasets.Flowers102($DIFFDA_DATA, download=True), or put jpg/ of 102flowers.tgz, "
+    "imagelabels.mat and setid.mat from the page into $DIFFDA_DATA/flowers-102.", .4,
+    download=_fetch_flowers, class_names=FLOWERS))
 
 # %% ../../nbs/datasets/fine_grained.ipynb #58104419
 def read_cars(root, task) -> Dataset:
     "Stanford Cars with its 196 models."
-    root, rows = Path(root), []
+    root = Path(root)
     names = [str(n).strip() for n in mat_variable(root/"devkit"/"cars_meta.mat", "class_names")]
     bad = Problems("cars", root)
-    for part, path in (("train", root/"devkit"/"cars_train_annos.mat"), ("test", root/"cars_test_annos_withlabels.mat")):
-        found = mat_variable(path, "annotations")
-        lacks = [f for f in ("fname", "class") if f not in (found.dtype.names or ())]
-        if lacks: raise DiffDAError(f"The annotations in {path} have no field {lacks[0]!r}: this is not the file with file names and classes; get the one that has them.")
-        for i, a in enumerate(found):
-            try: rows.append((f"{part}/{str(a['fname']).rpartition('.')[0]}", f"cars_{part}/{a['fname']}", int(a["class"]) - 1))
-            except (TypeError, ValueError): bad.add("annotation without a class number", f"{i + 1} of {path.name}")
+    rows = _car_rows("train", root/"devkit"/"cars_train_annos.mat", bad)
+    rows += _car_rows("test", root/"cars_test_annos_withlabels.mat", bad)
     bad.tell()
-    return Dataset("cars", names, *parted(listed_samples("cars", root, rows, len(names)), [sid.startswith("test/") for sid, _, _ in rows]))
+    samples = listed_samples("cars", root, rows, len(names))
+    return Dataset("cars", names, *parted(samples, [sid.startswith("test/") for sid, _, _ in rows]))
 
-cars = register_source(Source("cars", "Stanford Cars", read_cars, ("stanford_cars",), 196, {"original": {"train": 8144, "test": 8041}},
-    "devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_test_annos_withlabels.mat, cars_train/*.jpg and cars_test/*.jpg",
-    "https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.StanfordCars.html", "see the copy that you use (the first host is gone)",
-    "get a copy of cars_train.tgz, cars_test.tgz, car_devkit.tgz and cars_test_annos_withlabels.mat, and arrange them in $DIFFDA_DATA/stanford_cars as torchvision.datasets.StanfordCars describes.", 2.))
+def _car_rows(part, path, bad) -> list:
+    "Rows of the images in one file of annotations; those without a class are counted in `bad`."
+    found, rows = mat_variable(path, "annotations"), []
+    lacks = [field for field in ("fname", "class") if field not in (found.dtype.names or ())]
+    if lacks:
+        raise DiffDAError(f"The annotations in {path} have no field {lacks[0]!r}: this is not the file with "
+                          "file names and classes; get the one that has them.")
+    for i, entry in enumerate(found):
+        file = str(entry["fname"])
+        try: label = int(entry["class"]) - 1
+        except (TypeError, ValueError):
+            bad.add("annotation without a class number", f"{i + 1} of {path.name}")
+            continue
+        rows.append((f"{part}/{file.rpartition('.')[0]}", f"cars_{part}/{file}", label))
+    return rows
+
+cars = register_source(Source(
+    "cars", "Stanford Cars", read_cars, ("stanford_cars",), 196, {"original": {"train": 8144, "test": 8041}},
+    "devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_test_annos_withlabels.mat, cars_train/*.jpg and "
+    "cars_test/*.jpg",
+    "https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.StanfordCars.html",
+    "see the copy that you use (the first host is gone)",
+    "get a copy of cars_train.tgz, cars_test.tgz, car_devkit.tgz and cars_test_annos_withlabels.mat, and "
+    "arrange them in $DIFFDA_DATA/stanford_cars as torchvision.datasets.StanfordCars describes.", 2.))

@@ -11,5 +11,8 @@ from ..generate import SDEdit
 from ..method import Method, register
 
 # %% ../../nbs/methods/da_fusion.ipynb #a4911289
-da_fusion = register(Method("da-fusion", "DA-Fusion", finetune=TextualInversion(), generate=SDEdit(prompt="article", strength=.9), utilize="lrr",
-    recipe="unidiffda/da-fusion"))
+da_fusion = register(Method(
+    "da-fusion", "DA-Fusion",
+    finetune=TextualInversion(),
+    generate=SDEdit(prompt="article", strength=.9),
+    utilize="lrr", recipe="unidiffda/da-fusion"))

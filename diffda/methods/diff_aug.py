@@ -11,5 +11,8 @@ from ..generate import SDEdit
 from ..method import Method, register
 
 # %% ../../nbs/methods/diff_aug.ipynb #c0d22e40
-diff_aug = register(Method("diff-aug", "Diff-Aug", finetune=TextualInversion() >> DreamBoothLoRA(), generate=SDEdit(prompt="article", strength=.9), utilize="grr",
-    recipe="unidiffda/diff-aug"))
+diff_aug = register(Method(
+    "diff-aug", "Diff-Aug",
+    finetune=TextualInversion() >> DreamBoothLoRA(),
+    generate=SDEdit(prompt="article", strength=.9),
+    utilize="grr", recipe="unidiffda/diff-aug"))

@@ -11,6 +11,8 @@ from ..generate import SDEdit
 from ..method import Method, register
 
 # %% ../../nbs/methods/diff_mix.ipynb #19bc3727
-diff_mix = register(Method("diff-mix", "Diff-Mix", finetune=TextualInversion() >> DreamBoothLoRA(),
-    generate=SDEdit(prompt="article", target="any", label="soft", gamma=.5, strength=.9), utilize="grr",
-    recipe="unidiffda/diff-mix"))
+diff_mix = register(Method(
+    "diff-mix", "Diff-Mix",
+    finetune=TextualInversion() >> DreamBoothLoRA(),
+    generate=SDEdit(prompt="article", target="any", label="soft", gamma=.5, strength=.9),
+    utilize="grr", recipe="unidiffda/diff-mix"))
