@@ -7,8 +7,8 @@ __all__ = ['DiffDAError', 'lookup', 'one_of', 'Registry', 'canonical', 'later', 
            'disk_errors', 'make_dir', 'writing', 'write_text', 'write_json', 'read_json']
 
 # %% ../nbs/00_core.ipynb #eec12ed8
-import ast, contextlib, dataclasses, difflib, errno, hashlib, importlib, inspect, json, os, pkgutil, re, sys
-import textwrap
+import ast, contextlib, dataclasses, difflib, dis, errno, hashlib, importlib, inspect, json, os, pkgutil, re
+import sys, textwrap
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #9bb51839
@@ -114,9 +114,12 @@ def file_digest(*paths, length:int=16) -> str:
 
 # %% ../nbs/00_core.ipynb #1e32e33b
 def _code(cls) -> str:
-    "A digest of the methods of a class and of those it inherits from outside this package."
-    outside = [c for c in cls.__mro__ if not c.__module__.startswith(("diffda.", "builtins"))]
-    found = [[c.__name__, name, _text(function)] for c in outside for name, function in _methods(c)]
+    "A digest of what a class and its bases outside this package are and do, with the helpers they use."
+    outside, seen = [c for c in cls.__mro__ if not c.__module__.startswith(("diffda.", "builtins"))], set()
+    found = [[c.__name__, name, _used(function, seen)] for c in outside for name, function in _methods(c)]
+    fields = getattr(cls, "__dataclass_fields__", {})
+    found += [[c.__name__, name, value] for c in outside for name, value in sorted(_plain(vars(c)).items())
+              if name not in fields]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 def _methods(cls) -> list:
@@ -129,6 +132,31 @@ def _methods(cls) -> list:
     return found
 
 # %% ../nbs/00_core.ipynb #791cbf21
+def _used(function, seen:set) -> list:
+    "What `function` does, and the functions and constants of its module that it uses; `seen`: those done."
+    names = sorted(_names(function.__code__) - seen)
+    seen.update(names)
+    space = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    own = {name: thing for name, thing in space.items() if hasattr(thing, "__code__")}
+    helpers = [[name, _used(thing, seen)] for name, thing in own.items()
+               if thing.__module__ == function.__module__]
+    return [_text(function), helpers, sorted(_plain(space).items())]
+
+def _names(code) -> set:
+    "The global names that bytecode uses, those of functions within it included."
+    inner = [constant for constant in code.co_consts if hasattr(constant, "co_code")]
+    own = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return own.union(*map(_names, inner))
+
+def _plain(space:dict) -> dict:
+    "Those entries of a namespace that are plain values: numbers, texts, lists and dictionaries of them."
+    found = {}
+    for name, value in space.items():
+        if name.startswith("__"): continue
+        try: found[name] = json.dumps(value, sort_keys=True)
+        except (TypeError, ValueError): pass
+    return found
+
 def _text(function) -> object:
     "What `function` does, as text without comments and layout, or else as bytecode."
     try: return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(function))))

@@ -61,6 +61,9 @@ def get_filter(name):
 
     'none' and None stand for no filter, which is None; an unknown name is a `DiffDAError`."""
     if name is None or isinstance(name, (Part, Chain)): return name
+    if not isinstance(name, str):
+        raise DiffDAError(
+            f"A filter is given by its name, as a filter, or as several chained by >>; found {name!r}.")
     return None if name in ("none", "") else FILTERS.get(name)()
 
 # %% ../nbs/12_filters.ipynb #691b072e

@@ -127,7 +127,7 @@ class SyntheticPool:
 class Generate(Part):
     "Base of the generation parts. A subclass has `describe` and `draw`, and `load` for another pipeline."
     num_copies: int = setting(5, "[1, inf)")            # synthetic images per real image
-    guidance_scale: float = setting(backbone=True)      # None: the generator's default
+    guidance_scale: float = setting(limits="[0, inf)", backbone=True)      # None: the generator's default
 
     uses = ()                         # what it needs beside the generator: names of fields of Backbone
     group = 1                         # how many consecutive rows have to be drawn in one batch
@@ -218,7 +218,7 @@ class SDEdit(Generate):
     # share of the schedule that is run; of a list each image draws one
     strength: float = setting(.9, "(0, 1]", many=True)
     # of the whole schedule
-    num_inference_steps: int = setting(25, "[1, inf)")
+    num_inference_steps: int = setting(25, "[1, 1000]")
     # the class in the prompt; "any" includes the image's own
     target: str = setting("same", choices=("same", "any"))
     # the target's; "soft": shared with the source's

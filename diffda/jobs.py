@@ -7,7 +7,7 @@ __all__ = ['NOT_SETTINGS', 'OF_PLANS', 'OF_TASKS', 'OF_TRAINING', 'Job', 'epoch_
            'pool_of', 'for_parts', 'work_of', 'filters_of', 'sifted_of', 'array_of', 'real_array', 'pool_array',
            'opened', 'train_of', 'train_classifier', 'result_of', 'looked_at', 'share_of', 'Effort', 'counted', 'plan',
            'identity', 'job_of', 'task_of', 'check_twice', 'takes', 'check_rules', 'listed', 'check_names',
-           'of_filters', 'of_chains', 'combinations', 'reader']
+           'of_filters', 'of_chains', 'check_vary', 'combinations', 'reader']
 
 # %% ../nbs/19_jobs.ipynb #c2f93b88
 import dataclasses, functools, itertools, json
@@ -311,6 +311,7 @@ def plan(methods, tasks, seeds=(0, 1, 2), vary:dict=None, **settings) -> list:
     methods = [get_method(m) for m in listed(methods, "methods", (str, Method))]
     tasks = [get_task(t) if isinstance(t, str) else t for t in listed(tasks, "tasks", (str, Task))]
     seeds = [int(seed) for seed in listed(seeds, "seeds", (int, np.integer))]
+    check_vary(vary or {}, settings)
     check_names({**settings, **(vary or {})}, methods)
     jobs, read = {}, reader()
     for combination in combinations(vary or {}):
@@ -422,6 +423,13 @@ def of_chains(chains) -> set:
     return {f"{type(part).__name__}.{field}" for part in parts for field in part.fields()}
 
 # %% ../nbs/19_jobs.ipynb #5a5b4b23
+def check_vary(vary, settings:dict):
+    "Raise `DiffDAError` unless `vary` is a dictionary of names that `settings` does not set as well."
+    if not isinstance(vary, dict):
+        raise DiffDAError(f"vary is a dictionary {{setting: [value, …]}}; found {vary!r}.")
+    both = [name for name in vary if settings.get(name) is not None]
+    if both: raise DiffDAError(f"{both[0]} is given by itself and varied as well; give one of the two.")
+
 def combinations(vary:dict) -> list:
     "[{name: value}, …], the product of the lists in `vary`."
     for name, values in vary.items():

@@ -35,6 +35,7 @@ class Method:
 
     def __post_init__(self):
         object.__setattr__(self, "utilize", get_strategy(self.utilize))
+        object.__setattr__(self, "filter", get_filter(self.filter))
         one_of(self.augment, AUGMENTS, "augmentation")
 
     def at(self, task, protocol:str="paper", backbone=None, **user) -> "Method":

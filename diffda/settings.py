@@ -85,6 +85,8 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 def typed(value, kind:type, name:str):
     "`value` as a `kind` (int, float, bool, str or tuple): 1 and 1.0 are one number, lists are tuples."
+    # a number of NumPy's is a number
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0: value = value.item()
     if kind is float and isinstance(value, str):
         # YAML takes 1e-3 for a word
         try: value = float(value)

@@ -120,6 +120,28 @@ def test_the_code_of_a_part_from_outside_belongs_to_its_digest():
     assert len({digest(written(body)) for body in bodies}) == 5
     assert digest(written("return 1", 2)) != digest(written("return 1", 3))
 
+USED = """
+BLUR, UNUSED, radius = {blur}, {unused}, {radius}
+def helper(x): return x + {added}
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    radius = {constant}
+    def draw(self, x): return helper(x) * BLUR + self.radius
+"""
+
+def using(**said):
+    "The digest of a part that leans on a function and a number of its module."
+    space = {"dataclasses": dataclasses, "__name__": "__main__"}
+    exec(USED.format(**{**dict(blur=1, unused=1, radius=1, added=1, constant=1), **said}), space)
+    return digest(space["Mine"]())
+
+@pytest.mark.parametrize("name", ["blur", "added", "constant"])
+def test_what_a_part_from_outside_uses_belongs_to_its_digest(name): assert using(**{name: 2}) != using()
+
+@pytest.mark.parametrize("name", ["unused", "radius"])
+def test_what_a_part_from_outside_does_not_use_is_no_part_of_its_digest(name):
+    assert using(**{name: 2}) == using()
+
 UNSTABLE = [{1, 2}, Path("/tmp"), object(), np.zeros(2), b"x", lambda: 0]
 
 @pytest.mark.parametrize("obj", UNSTABLE, ids=lambda o: type(o).__name__)

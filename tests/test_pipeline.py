@@ -670,3 +670,10 @@ def test_a_qualified_name_is_the_same_setting():
     # the classifier's own, and that of a part of the same name, are two settings
     gif, = plan(["gif"], ["nano-fashion"], [0], hflip=.5, **{"GIF.hflip": .1})
     assert gif.training.hflip == .5 and gif.method.generate.hflip == .1
+
+@pytest.mark.parametrize("vary, said, words", [
+    (["strength"], {}, "vary is a dictionary"),
+    ({"strength": [.2, .4]}, {"strength": .3}, "strength is given by itself and varied"),
+])
+def test_an_axis_is_said_once_and_as_a_dictionary(vary, said, words):
+    with pytest.raises(DiffDAError, match=words): plan(["real-guidance"], [TASK], (0,), vary=vary, **said)

@@ -167,7 +167,7 @@ class DiffuseMix(Generate):
     "Half of the real image, half of an edited one, and a fractal over both (Islam et al., 2024)."
     guidance_scale: float = setting(4., "[0, inf)")         # of the prompt
     image_guidance_scale: float = setting(1.5, "[0, inf)")
-    num_inference_steps: int = setting(100, "[1, inf)", small=25)
+    num_inference_steps: int = setting(100, "[1, 1000]", small=25)
     size: int = setting(256, "[8, inf)")    # side in pixels; the backbone's resolution if that is less
     ramp: float = setting(20., "[0, inf)")  # width of the seam, in pixels of an image of 256
     blend: float = setting(.2, "[0, 1]")    # share of the fractal

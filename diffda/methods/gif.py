@@ -184,7 +184,7 @@ class GIF(Generate):
     Zhang et al. (2023)."""
     prompt: str = "pool"              # "pool": of DOMAINS and ADJECTIVES; else a key of prompts.PROMPTS
     strength: float = setting(.9, "(0, 1]")             # the same for all copies, which are drawn together
-    num_inference_steps: int = setting(25, "[1, inf)")
+    num_inference_steps: int = setting(25, "[1, 1000]")
     epsilon: float = setting(.8, "[0, inf)")            # how far an element of the latent may move
     step_size: float = setting(.1, "[0, inf)")
     # the class to keep: the image's "label", or what "clip" sees in it

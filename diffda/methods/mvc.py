@@ -262,7 +262,7 @@ class MVCGenerate(Generate):
     "From noise, conditioned on another image of the class and on a mixture of its captions."
     # the paper's best results have 3 to 4 synthetic images per real one
     num_copies: int = setting(4, "[1, inf)")
-    num_inference_steps: int = setting(25, "[1, inf)")
+    num_inference_steps: int = setting(25, "[1, 1000]")
     # P and Q of Algorithm 1, as in tuning
     coarse: int = setting(2, "[0, inf)")
     fine: int = setting(4, "[0, inf)")
