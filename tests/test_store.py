@@ -1,20 +1,12 @@
 "Stages and the store: keys worked out with hashlib, work that is done once, and what is left after a fault."
-import dataclasses, hashlib, threading, time
+import threading, time
 
 import pytest
 
 from diffda.core import DiffDAError, read_json, write_text
 from diffda.places import store_root
 from diffda.store import Stage, Store
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    strength: float = .5
-    names: tuple = ("a", "b")
-
-Part.__module__ = "diffda.part"                  # as if it came with the package
-
-def sha(text): return hashlib.sha256(text.encode()).hexdigest()
+from test_core import Part, sha
 
 def nothing(folder, store): return {}
 
