@@ -16,7 +16,7 @@ import numpy as np
 from .core import DiffDAError, Registry, digest, later, make_dir, one_of, read_json, write_json
 from .datasets.base import known_source, read_source
 from .datasets.folders import HeldOut, user_dataset
-from .datasets.nano import nano_dataset
+from .datasets.nano import DOMAINS, nano_dataset
 from .places import data_root, splits_dir
 from .settings import by_protocol, check_fields, setting
 from .samples import Dataset, Samples, checked_name, folder_dataset, ranked
@@ -139,7 +139,7 @@ def list_tasks(scale:str=None) -> list:
 
 # %% ../nbs/06_data.ipynb #81f6c842
 NANO_TRAINING = Training("small-resnet", epochs=30, batch_size=32, lr=0.05, weight_decay=5e-4, resize=32,
-                         crop=32, pad=2, hflip=0., mean=(.25,)*3, std=(.33,)*3, evaluations=3)
+                         crop=32, pad=2, hflip=0., mean=(.46,)*3, std=(.23,)*3, evaluations=3)
 _FEW = dataclasses.replace(NANO_TRAINING, init="nano-fashion", epochs=128, batch_size=16, lr=0.01,
                            label_smoothing=0.1)
 _FOREIGN = dataclasses.replace(NANO_TRAINING, batch_size=16)
@@ -152,15 +152,34 @@ def _nano_tasks():
     for shots, name, like in ((25, "nano-fashion", "Caltech-101"), (100, "nano-fashion-100", "CIFAR-100")):
         yield _nano_task("fashion", shots, "conventional", NANO_TRAINING, like, name=name,
                          metaclass="garment", val_per_class=10)
-    for data, word, like in (("digits", "digit", "Birds"), ("outlines", "outline", "Aircraft")):
-        for shots, val in ((1, 0), (5, 0), (10, 5)):
+    for shots in (1, 2, 4, 8, 16):
+        yield _nano_task("fashion", shots, "conventional", NANO_TRAINING, f"Caltech-101 {shots}-shot",
+                         metaclass="garment")
+    for data, word, like, few in (("digits", "digit", "Birds", (1, 2, 4, 5, 8, 10, 16)),
+                                  ("outlines", "outline", "Aircraft", (1, 5, 10))):
+        for shots in few:
             yield _nano_task(data, shots, "fine-grained", _FEW, f"{like} {shots}-shot",
-                             metaclass=word, val_per_class=val)
-    for shots, val, like in ((2, 0, "Blood 5/class"), (5, 0, "Blood 5/class"), (25, 10, "Blood 25/class")):
-        yield _nano_task("scans", shots, "medical", _FOREIGN, like, val_per_class=val, medium="a scan")
+                             metaclass=word, val_per_class=5 if shots == 10 else 0)
+    # with all 100 outlines of a class nothing would be left to gain
+    yield _nano_task("outlines", 25, "fine-grained", _FEW, "Birds (full)", name="nano-outlines-full",
+                     metaclass="outline")
+    for shots, val in ((1, 0), (2, 0), (4, 0), (5, 0), (8, 0), (16, 0), (25, 10)):
+        yield _nano_task("scans", shots, "medical", _FOREIGN, f"Blood {25 if shots == 25 else 5}/class",
+                         val_per_class=val, medium="a scan")
     for shots, val in ((10, 0), (50, 10)):
         yield _nano_task("stains", shots, "medical", _FOREIGN, f"Skin {shots}/class",
                          val_per_class=val, medium="a stained image")
+    yield from _nano_trees()
+
+def _nano_trees():
+    "The label tree, the domains, and the task whose surroundings give its classes away."
+    for level in ("species", "family", "order"):
+        yield _nano_task(level, None, "conventional", NANO_TRAINING, f"Semi-iNat {level}",
+                         name=f"nano-{level}", metaclass="garment")
+    yield _nano_task("domains", 25, "conventional", NANO_TRAINING, "DomainNet", name="nano-domains",
+                     metaclass="garment", domains=DOMAINS)
+    yield _nano_task("tied", 25, "conventional", NANO_TRAINING, "Caltech-101", name="nano-tied",
+                     metaclass="garment")
 
 # %% ../nbs/06_data.ipynb #b190c866
 def trained_as(task:Task, protocol:str="paper") -> Task:

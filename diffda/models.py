@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['torch', 'SMALL_GPU', 'KINDS', 'T5_TOKENS', 'precision', 'default_device', 'placed', 'device_of', 'AtOnce', 'quiet',
            'loading', 'opened', 'from_safetensors', 'whole', 'model_of', 'Reader', 'take_adaptation', 'lora_weights',
-           'open_diffusion', 'noise_objective', 'Diffusion', 'open_pipeline', 'load_pipeline', 'load_editor',
-           'load_clip', 'load_checker', 'release', 'to_pixels', 'shift_of', 'encode', 'widened', 'open_flow',
-           'read_by_all', 'end_at_the_end', 'load_words', 'rounded', 'on_the_line', 'logit_normal', 'flow_objective',
-           'Flow']
+           'open_diffusion', 'takes_latents', 'noise_objective', 'Diffusion', 'open_pipeline', 'load_pipeline',
+           'load_editor', 'load_clip', 'load_checker', 'release', 'to_pixels', 'shift_of', 'encode', 'widened',
+           'open_flow', 'read_by_all', 'end_at_the_end', 'load_words', 'rounded', 'on_the_line', 'logit_normal',
+           'flow_objective', 'Flow']
 
 # %% ../nbs/09_models.ipynb #f5aacd85
 import contextlib, functools, gc, typing, warnings
@@ -218,6 +218,7 @@ def open_diffusion(b:Backbone, device:str, adaptation:str=None, lcm:bool=False):
         opened(b.name, add, few_steps)
         loras.append("lcm")
     if loras: pipe.set_adapters(loras)
+    takes_latents(pipe, "prepare_latents", _noised)
     return placed(pipe, device)
 
 def _own_unet(b, adaptation) -> dict:
@@ -226,6 +227,31 @@ def _own_unet(b, adaptation) -> dict:
     from diffusers import UNet2DConditionModel
     with loading(b.name, adaptation):
         return {"unet": from_safetensors(UNet2DConditionModel.from_pretrained, adaptation, subfolder="unet")}
+
+# %% ../nbs/09_models.ipynb #b72d1ef5
+def takes_latents(pipe, method:str, work):
+    """Let `pipe` take latents in the place of images where they have not the four channels it looks for.
+
+    `method` names its method that encodes images; `work(pipe, latents, …)` stands for it with latents."""
+    channels, own = pipe.vae.config.latent_channels, getattr(pipe, method)
+    if channels == 4: return
+    # latents are not to be resized
+    pipe.image_processor.register_to_config(vae_latent_channels=channels)
+    def either(image, *args, **named):
+        if image.shape[1] != channels: return own(image, *args, **named)
+        return work(pipe, image, *args, **named)
+    setattr(pipe, method, either)
+
+def _noised(pipe, z, t, batch_size, per_prompt, dtype, device, generator=None):
+    "Latents `z` with noise of time step `t`, as the image-to-image pipeline has it."
+    from diffusers.utils.torch_utils import randn_tensor
+    z = z.to(device, dtype)
+    return pipe.scheduler.add_noise(z, randn_tensor(z.shape, generator, device, dtype), t)
+
+def _with_none(pipe, z, batch_size, per_prompt, dtype, device, guided, generator=None):
+    "Latents `z` as the conditions of an InstructPix2Pix: with guidance twice, and then zeros."
+    z = z.to(device, dtype)
+    return torch.cat([z, z, torch.zeros_like(z)]) if guided else z
 
 # %% ../nbs/09_models.ipynb #7b7646cc
 def noise_objective(pipe) -> tuple:
@@ -245,7 +271,7 @@ def noise_objective(pipe) -> tuple:
 # %% ../nbs/09_models.ipynb #4ba4d381
 @KINDS.register
 class Diffusion:
-    "The answers of a pipeline of Stable Diffusion 1 or 2 (U-Net, noise prediction, one text encoder)."
+    "The answers of a pipeline of Stable Diffusion 1 or 2 (U-Net, one text encoder)."
     name = "sd"
     # the part of a pipeline that denoises
     part = "unet"
@@ -339,6 +365,7 @@ def load_editor(b:Backbone, device:str):
     read = StableDiffusionInstructPix2PixPipeline.from_pretrained
     pipe = opened(b.name, lambda place: whole(from_safetensors(read, place, **parts)), where)
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    takes_latents(pipe, "prepare_image_latents", _with_none)
     return placed(pipe, device)
 
 @functools.lru_cache(maxsize=1)
@@ -402,11 +429,11 @@ def encode(pipe, images, resolution:int) -> "torch.Tensor":
 
 # %% ../nbs/09_models.ipynb #bf4cf555
 def widened(unet):
-    """A copy of `unet` that takes 8 channels.
+    """A copy of `unet` that takes twice the channels: 8 in place of 4 where the latents have 4.
 
-    The weights of the 4 new ones are zero, so that at first it does what it did."""
+    The weights of the new ones are zero, so that at first it does what it did."""
     from diffusers import UNet2DConditionModel
-    net = UNet2DConditionModel.from_config({**unet.config, "in_channels": 8})
+    net = UNet2DConditionModel.from_config({**unet.config, "in_channels": 2*unet.config.in_channels})
     state = unet.state_dict()
     first = state["conv_in.weight"]
     state["conv_in.weight"] = torch.cat([first, torch.zeros_like(first)], 1)

@@ -13,6 +13,7 @@ import pandas as pd
 
 from .core import lookup
 from .data import get_split
+from .datasets.nano import WORLD
 from .generate import SyntheticPool
 from .method import flat, get_method
 from .places import paper_notebook
@@ -135,14 +136,17 @@ def show_sweep(records:pd.DataFrame, item:str, metric:str, settings:dict):
 # %% ../nbs/24_papers.ipynb #7e93bf0a
 REFERENCE = "default settings at nano scale, seeds 0, 1 and 2, two CPU cores"
 
-def came_out(item, parameters:dict, text:str):
+def came_out(item, parameters:dict, text:str, world:int=1):
     """What the reference run of `item` showed, to be displayed; one line if this run has other settings.
 
     parameters: the notebook's `globals()`, compared with its declared defaults. How many seeds were run,
-    by whom and where the files lie makes no difference."""
+    by whom and where the files lie makes no difference. world: the version of the nano world in which it
+    ran; the first one showed grey shapes on black."""
     from IPython.display import Markdown
     usual = {n: v for n, v in declared(item).items() if n not in ("seeds", "executor", "store", "out")}
     other = [f"`{n} = {parameters[n]!r}`" for n, v in usual.items() if parameters[n] != v]
     run = f"the reference run ({REFERENCE})"
+    if world != WORLD:
+        run = f"the reference run in world {world} of the nano worlds ({REFERENCE}; this is world {WORLD})"
     if not other: return Markdown(f"**What {run} showed.** {text.strip()}")
     return Markdown(f"*What {run} showed is left out here: this run has {', '.join(other)}.*")

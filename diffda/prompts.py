@@ -55,16 +55,18 @@ _AIRCRAFT = (
     "flying in the sky against a blue background", "lined up on the runway at the airport")
 
 _NANO = (
-    "bright", "dark", "wide", "narrow", "left-leaning", "right-leaning", "bright and wide", "dark and narrow",
-    "bright and right-leaning", "dark and left-leaning")
+    "on red and blue checks", "against plain green", "in front of yellow spots", "on an orange gradient",
+    "against purple clouds", "on cyan level stripes", "in front of pink and green upright stripes",
+    "against blue slanted stripes", "on plain yellow", "in front of red and cyan clouds")
 
 # %% ../nbs/07_prompts.ipynb #7d2a0910
-_PUBLISHED, _MEASURED = "published with UniDiffDA's code", "ours, of the attributes measured on nano images"
+_PUBLISHED = "published with UniDiffDA's code"
+_OURS = "ours, of surroundings that the nano generator knows"
 
 SUFFIX_POOLS = {
     "bird": {"origin": _PUBLISHED, "phrases": _BIRD},
     "aircraft": {"origin": _PUBLISHED, "phrases": _AIRCRAFT},
-    **{nano: {"origin": _MEASURED, "phrases": _NANO} for nano in ("garment", "digit", "outline", "scan")},
+    **{nano: {"origin": _OURS, "phrases": _NANO} for nano in ("garment", "digit", "outline")},
 }
 SUFFIXES = {metaclass: pool["phrases"] for metaclass, pool in SUFFIX_POOLS.items()}
 

@@ -1,10 +1,15 @@
 "Small splits for tests of generation, and how far two pools of synthetic images are apart."
-import dataclasses
+import contextlib, dataclasses, types
 
 import numpy as np
+from PIL import Image
 
+from diffda.core import read_json
 from diffda.data import get_split
+from diffda.places import nano_world
 
+# (channels, height, width) of a latent of the nano generator
+LATENT = (read_json(nano_world("generator", "vae", "config.json"))["latent_channels"], 8, 8)
 # grey levels that arithmetic in another order may cost, see test_generate.py
 LEVELS = 2
 
@@ -23,3 +28,22 @@ def distance(a, b):
     a, b = by_key(a), by_key(b)
     assert set(a) == set(b) and len(a) > 0
     return max(np.abs(pixels - b[key]).max() for key, pixels in a.items())
+
+# what stands for an image whose latents are given
+ANY = Image.new("RGB", (32, 32))
+
+@contextlib.contextmanager
+def encoded_as(pipe, latents):
+    """While it lasts, the autoencoder of `pipe` says `latents` (unscaled) of `ANY` image.
+
+    diffusers' own pipelines take latents in the place of images if these have four channels; here they have
+    six."""
+    def encode(x): return types.SimpleNamespace(latents=latents)
+    pipe.vae.encode = encode
+    try: yield
+    finally: del pipe.vae.encode
+
+def from_latents(pipe, prompt, latents, **how):
+    "The first result of diffusers' own image-to-image `pipe` that starts from scaled `latents`."
+    unscaled = latents/pipe.vae.config.scaling_factor
+    with encoded_as(pipe, unscaled): return pipe(prompt, image=ANY, **how).images[0]

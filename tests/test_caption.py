@@ -17,6 +17,7 @@ from diffda.data import get_task
 from diffda.finetune import fine_tune
 from diffda.generate import SDEdit, generate_pool
 from diffda.method import Method, get_method
+from diffda.models import load_pipeline
 from diffda.methods.mvc import CAPTIONS, PREFIX, MVCGenerate, MVCTuning, caption_pool
 from diffda.jobs import plan
 from diffda.prompts import SUFFIX_POOLS, SUFFIXES
@@ -303,12 +304,16 @@ def test_pools_say_where_they_come_from():
     assert SUFFIXES == {metaclass: pool["phrases"] for metaclass, pool in SUFFIX_POOLS.items()}
     bird, aircraft, digit = (SUFFIX_POOLS[metaclass]["origin"] for metaclass in ("bird", "aircraft", "digit"))
     assert bird == aircraft and bird.startswith("published") and digit.startswith("ours")
+    # those of the nano world say no word that its tokenizer has no token for
+    tokenizer = load_pipeline(get_backbone("nano"), "cpu").tokenizer
+    words = " ".join(SUFFIXES["digit"]).split()
+    assert [token.removesuffix("</w>") for token in tokenizer.tokenize(" ".join(words))] == words
 
 # prompts that end with a phrase
 
 @pytest.fixture
 def files(few, tmp_path):
-    by_class = {name: "wide" if name == "bag" else ["bright", "dark."] for name in few.class_names}
+    by_class = {name: ["on red checks", "on blue."] for name in few.class_names} | {"bag": "on pink spots"}
     (tmp_path/"classes.json").write_text(json.dumps(by_class))
     (tmp_path/"images.json").write_text(json.dumps({i: f"words of {i}" for i in few.train.ids}))
     return tmp_path
@@ -328,7 +333,7 @@ def test_phrases_by_hand(few, files, pick):
         def draw(purpose): return seed_for(7, r["source_id"], r["copy"], purpose)
         if pick == "class":
             of = few.class_names[r["target_label"]]
-            said = "wide" if of == "bag" else ("bright", "dark")[draw("phrase") % 2]
+            said = "on pink spots" if of == "bag" else ("on red checks", "on blue")[draw("phrase") % 2]
         else:
             further = draw("exchange") % 5 + 1
             of = r["source_id"] if pick == "own" else (ids*2)[ids.index(r["source_id"]) + further]
@@ -343,7 +348,8 @@ def test_phrases_by_hand(few, files, pick):
 @pytest.fixture(scope="module")
 def pool(few, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
-    phrases = ("bright", "dark", "wide", "narrow", "bright, wide", ["left-leaning"])
+    phrases = ("on red checks", "against plain blue", "on pink spots", "in front of green clouds",
+               "yellow, on a cyan gradient", ["on purple slanted stripes"])
     (folder/"images.json").write_text(json.dumps(dict(zip(few.train.ids, phrases))))
     return folder, generate_pool(part_for(folder, "exchange"), few, folder/"64", batch_size=64)
 
@@ -368,7 +374,7 @@ def test_a_phrase_changes_the_image_and_an_empty_one_does_not(few, pool, files):
 
 def test_a_changed_file_is_another_setting(files):
     one = canonical(part_for(files, "class"))
-    (files/"classes.json").write_text(json.dumps({"bag": ["dark"]}))
+    (files/"classes.json").write_text(json.dumps({"bag": ["on blue"]}))
     assert canonical(part_for(files, "class")) != one and one["phrases_key"]
 
 def test_phrases_that_are_not_there(few, files, tmp_path):

@@ -25,17 +25,17 @@ def few(): return some((0, 30, 126, 225))
 def editor(tmp_path_factory):
     """An InstructPix2Pix made of the nano generator's parts; the nano backbone's editor here.
 
-    The four channels of the image have small random weights."""
+    The channels of the image have small random weights."""
     from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
     pipe = StableDiffusionPipeline.from_pretrained(get_backbone("nano").source)
     old, folder = pipe.unet.conv_in, tmp_path_factory.mktemp("editor")
-    new = torch.nn.Conv2d(8, old.out_channels, old.kernel_size, padding=old.padding)
+    new = torch.nn.Conv2d(2*old.in_channels, old.out_channels, old.kernel_size, padding=old.padding)
     with torch.no_grad():
         widen = .05*torch.randn(old.weight.shape, generator=generator_for("widen"))
         new.weight.copy_(torch.cat([old.weight, widen], 1))
         new.bias.copy_(old.bias)
     pipe.unet.conv_in = new
-    pipe.unet.register_to_config(in_channels=8)
+    pipe.unet.register_to_config(in_channels=2*old.in_channels)
     none = dict(safety_checker=None, feature_extractor=None, image_encoder=None)
     parts = {name: part for name, part in pipe.components.items() if name not in none}
     edits = StableDiffusionInstructPix2PixPipeline(**parts, **none, requires_safety_checker=False)

@@ -15,7 +15,7 @@ from diffda.methods import gif as module
 from diffda.methods.gif import (ADJECTIVES, DOMAINS, GIF, ClipClassifier, decode, first_move, gif_score,
                                 imagine, in_ball, clip_classifier, moved, turned, uphill)
 from diffda.utilize import FullConcatenation, GlobalReplacement
-from pools import LEVELS, by_key, distance, some
+from pools import LATENT, LEVELS, by_key, distance, from_latents, some
 
 PART = GIF(strength=.5, num_inference_steps=4, num_copies=3)
 NANO = get_backbone("nano")
@@ -73,7 +73,7 @@ def test_terms_of_the_score():
     assert one == pytest.approx(np.log(4) + .25, abs=1e-4)
 
 def test_ball():
-    f = torch.randn(6, 4, 8, 8, generator=generator_for("ball"))
+    f = torch.randn(6, *LATENT, generator=generator_for("ball"))
     x = f + torch.randn(f.shape, generator=generator_for("far"))
     y = in_ball(x, f, .8)
     assert ((y - f).abs() <= .8 + 1e-6).all() and torch.equal(y[(x - f).abs() < .79], x[(x - f).abs() < .79])
@@ -104,7 +104,8 @@ def test_probabilities_are_clip_s(judge, few):
     pixels = judge.processor(images, return_tensors="pt").pixel_values
     with torch.no_grad(): theirs = model(**ids, pixel_values=pixels).logits_per_image.softmax(1)
     ours = judge.log_probs(judge.features(as_pixels(images))).exp()
-    assert torch.allclose(ours, theirs, atol=1e-4) and theirs.max() > .5
+    # and no guess, which a tenth would be
+    assert torch.allclose(ours, theirs, atol=1e-4) and theirs.max() > .3
 
 @pytest.fixture
 def scored(monkeypatch):
@@ -125,7 +126,7 @@ def test_equal_pixels_are_judged_alike(few, tmp_path, monkeypatch, scored, targe
     copies = as_pixels(images).repeat_interleave(3, 0)
     monkeypatch.setattr(module, "_at_once", lambda r: 99)
     monkeypatch.setattr(module, "decode", lambda pipe, f: copies + 0*f.mean((1, 2, 3), keepdim=True))
-    imagine(part, studio, studio.rows, torch.zeros(12, 4, 8, 8), images)
+    imagine(part, studio, studio.rows, torch.zeros(12, *LATENT), images)
     v, log_p, log_p0, kept = scored[0]
     assert torch.allclose(v[:, 0], v[:, 2], atol=1e-5)
     assert torch.allclose(log_p, log_p0[:, None].expand_as(log_p), atol=1e-4)
@@ -137,7 +138,7 @@ def test_clip_looks_at_the_untouched_image(few, judge, tmp_path, scored):
     studio = studio_of(part, few, tmp_path)
     images = [few.train.read(i) for i in range(4)]
     upside_down = [im.rotate(180) for im in images]
-    imagine(part, studio, studio.rows, torch.zeros(12, 4, 8, 8), upside_down)
+    imagine(part, studio, studio.rows, torch.zeros(12, *LATENT), upside_down)
     _, _, log_p0, kept = scored[0]
     expected, wrong = (judge.log_probs(judge.features(as_pixels(x))) for x in (images, upside_down))
     assert kept.tolist() == expected.argmax(1).tolist() != wrong.argmax(1).tolist()
@@ -148,7 +149,8 @@ def test_clip_and_label_differ_somewhere(judge):
     s = get_split("nano-fashion", 0)
     x = as_pixels([s.train.read(i) for i in range(0, 250, 5)])
     with torch.no_grad(): seen = judge.log_probs(judge.features(x)).argmax(1).numpy()
-    assert .5 < (seen == s.train.labels[::5]).mean() < 1
+    # a guess is right in one of ten; surroundings make it hard for a small CLIP
+    assert .3 < (seen == s.train.labels[::5]).mean() < 1
 
 # the step
 
@@ -169,7 +171,7 @@ def hill(few, judge, latents):
     pipe, f = latents
     rows = PART.rows(few, NANO, 0)
     score = scorer(judge, decode(pipe, f[::3]).detach(), torch.tensor(few.train.labels))
-    return pipe, f, *first_move(rows, 4), score
+    return pipe, f, *first_move(rows, LATENT[0]), score
 
 def one_pass(pipe, f, a, b, score):
     "The gradients themselves, by a single pass through decoder and judge."
@@ -182,7 +184,7 @@ def test_two_passes_in_parts_give_the_signs_of_one(hill):
     for at_once in (1, 5, 64):
         for s, g in zip(uphill(pipe, f, a, b, lambda x: score(x).sum(), at_once), exact):
             clear = g.abs() > 1e-5*g.abs().max()
-            assert s.shape == (12, 4, 1, 1) and torch.equal(s[clear], g.sign()[clear])
+            assert s.shape == (12, LATENT[0], 1, 1) and torch.equal(s[clear], g.sign()[clear])
             assert clear.float().mean() > .9
 
 def test_signs_agree_with_differences(hill):
@@ -190,7 +192,7 @@ def test_signs_agree_with_differences(hill):
     up_a, up_b = uphill(pipe, f, a, b, lambda x: score(x).sum(), 64)
     def total(a, b): return score(decode(pipe, moved(f, a, b))).sum().item()
     with torch.no_grad():
-        for j, c in ((j, c) for j in (0, 7) for c in range(4)):
+        for j, c in ((j, c) for j in (0, 7) for c in range(LATENT[0])):
             e = torch.zeros_like(a)
             e[j, c] = 1e-2
             by_a, by_b = total(a + e, b) - total(a - e, b), total(a, b + e) - total(a, b - e)
@@ -238,12 +240,12 @@ def test_against_a_plain_walk(few, judge, tmp_path, at):
         how = dict(strength=.5, num_inference_steps=4, guidance_scale=NANO.guidance_scale)
         own = [generator_for(0, r["source_id"], r["copy"], "noise") for r in rows]
         how["output_type"] = "latent"
-        return torch.cat([pipe(r["prompt"], image=z[i:i+1], generator=own[i], **how).images
-                          for i, r in enumerate(rows)])
+        return torch.stack([from_latents(pipe, r["prompt"], z[i:i+1], generator=own[i], **how)
+                            for i, r in enumerate(rows)])
     def move(f):
         def draw(kind, name):
             own = [generator_for(0, r["source_id"], r["copy"], name) for r in rows]
-            return torch.stack([kind(4, 1, 1, generator=g) for g in own])
+            return torch.stack([kind(LATENT[0], 1, 1, generator=g) for g in own])
         a, b = draw(torch.rand, "scale"), draw(torch.randn, "shift")
         da, db = one_pass(pipe, f, a, b, score)
         new = f*(1 + a + .1*da.sign()) + b + .1*db.sign()

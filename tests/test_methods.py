@@ -118,7 +118,8 @@ def test_no_two_methods_are_the_same_work():
         keys = {job.method.name: job.train.key for job in plan(METHODS, [task], (0,))}
         assert len(set(keys.values())) == len(METHODS), (task, keys)
 
-FEW = [task for task in list_tasks("nano") if get_task(task).shots <= 10]
+# some nano tasks take all the images there are
+FEW = [task for task in list_tasks("nano") if (get_task(task).shots or 100) <= 10]
 
 @pytest.mark.parametrize("name", DRAWING)
 def test_describes_its_images_on_every_nano_task(name):

@@ -1,5 +1,5 @@
 "MVC: Algorithm 1, the widened network, tuning that survives being killed, and images from two conditions."
-import dataclasses, json
+import dataclasses, json, re
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -10,13 +10,14 @@ from diffda.models import load_pipeline
 from diffda.core import DiffDAError, canonical
 from diffda.torch_core import generator_for
 from diffda.data import get_split
+from diffda.datasets.nano import COLOURS, PATTERNS
 from diffda.finetune import fine_tune
 from diffda.generate import Prompts, generate_pool
 from diffda.method import get_method
 from diffda.methods.mvc import (CAPTIONS, MVCGenerate, MVCTuning, caption_pool, embedded, guided, mix,
                                 pair_loss, widened)
 from diffda.settings import settled
-from pools import LEVELS, by_key, distance, some
+from pools import ANY, LATENT, LEVELS, by_key, distance, encoded_as, some
 
 B = get_backbone("nano")
 TUNING = MVCTuning(steps=4, lr=1e-3, batch_size=4)
@@ -97,10 +98,13 @@ def test_what_mixing_leaves_alone():
 # captions
 
 def test_captions(few, tmp_path):
+    colour, ground = "|".join(COLOURS), "|".join(PATTERNS)
     found = caption_pool(few, "attributes", few.class_names)
     assert [len(texts) for texts in found.values()] == [2, 2, 0, 0, 0, 0, 0, 0, 0, 2]
     for name, texts in found.items():
-        assert all(text.startswith(f"This is an image of {name}.") for text in texts)
+        place = f"(plain ({colour})|(an? )?({colour}) ({ground}))"
+        pattern = rf"This is an image of {name}\. ({colour}), on {place}"
+        assert all(re.fullmatch(pattern, text) for text in texts)
     path = tmp_path/"blip.json"
     path.write_text(json.dumps({i: f"a thing number {k}" for k, i in enumerate(few.train.ids)}))
     own = caption_pool(few, str(path), [f"<{n}>" for n in few.class_names])
@@ -124,12 +128,12 @@ def test_widened_network_says_what_the_old_one_says():
     unet = load_pipeline(B, "cpu", None).unet
     wide = widened(unet)
     g = torch.Generator().manual_seed(0)
-    z, image, text = (torch.randn(3, *shape, generator=g) for shape in ((4, 8, 8), (4, 8, 8), (32, 128)))
+    z, image, text = (torch.randn(3, *shape, generator=g) for shape in (LATENT, LATENT, (32, 128)))
     t = torch.tensor([1, 400, 999])
     with torch.no_grad():
         ours, theirs = wide(torch.cat([z, image], 1), t, text).sample, unet(z, t, text).sample
     assert torch.allclose(ours, theirs, atol=1e-5)
-    assert wide.config.in_channels == 8 and unet.config.in_channels == 4
+    assert wide.config.in_channels == 2*LATENT[0] == 2*unet.config.in_channels
 
 def test_the_loss_by_hand(few, monkeypatch):
     "Recover one batch from what the network is called with, and compute its loss anew."
@@ -138,15 +142,15 @@ def test_the_loss_by_hand(few, monkeypatch):
     pipe = frozen(B)
     latents = Latents(pipe, few.train, lambda im, i: mirrored(im, 32, 0.), 32)
     labels = few.train.labels.tolist()
-    def captions(y): return [f"This is an image of {few.class_names[y]}. {word}" for word in ("", "dark")]
+    def captions(y): return [f"This is an image of {few.class_names[y]}. {word}" for word in ("", "pink")]
     members = {y: embedded(pipe, captions(y)) for y in set(labels)}
     seen, part = [], dataclasses.replace(TUNING, batch_size=200, dropped=.25)
     def unet(x, t, text):
         seen.append((x, t, text))
-        return type("Out", (), {"sample": torch.zeros_like(x[:, :4])})
+        return type("Out", (), {"sample": torch.zeros_like(x[:, :LATENT[0]])})
     loss = pair_loss(pipe, unet, latents, labels, members, part, 0)(3, list(range(200)))
     (x, t, text), = seen
-    noisy, image = x.split(4, 1)
+    noisy, image = x.split(LATENT[0], 1)
     dropped = (image == 0).flatten(1).all(1)
     empty = embedded(pipe, [""])[0]
     # both are dropped together
@@ -155,7 +159,8 @@ def test_the_loss_by_hand(few, monkeypatch):
     pair = [int((means - v).abs().sum(1).argmin()) for v in image.flatten(1)]
     # unscaled means
     assert all(torch.equal(latents.mean[p], v) for p, v, gone in zip(pair, image, dropped) if not gone)
-    a = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod[t]
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    a = scheduler.alphas_cumprod[t]
     z0 = means*latents.factor
     def nearest(noisy, share): return min(range(6), key=lambda k: float((noisy - share.sqrt()*z0[k]).norm()))
     source = [nearest(*each) for each in zip(noisy.flatten(1), a)]
@@ -165,8 +170,14 @@ def test_the_loss_by_hand(few, monkeypatch):
     told = [(s, p) for s, p, e, gone in zip(source, pair, early, dropped) if e and not gone]
     # another one of the class, or itself
     assert all(labels[s] == labels[p] for s, p in told) and {s == p for s, p in told} == {True, False}
-    # a silent network: the noise's own square
-    assert torch.allclose(loss.mean(), torch.tensor(1.), atol=.1) and loss.shape == (200,)
+    # a silent network: the square of what it should tell, the velocity of the noise that was drawn
+    own = generator_for(0, "pairs", 3)
+    torch.rand(3, 200, generator=own, dtype=torch.float64)
+    _, noise = torch.randn(2, 200, *LATENT, generator=own)
+    share = a[:, None, None, None]
+    z = (noisy - (1 - share).sqrt()*noise)/share.sqrt()
+    assert scheduler.config.prediction_type == "v_prediction" and loss.shape == (200,)
+    assert torch.allclose(loss, (scheduler.get_velocity(z, noise, t)**2).mean((1, 2, 3)), rtol=1e-3)
     # mixtures, not captions
     assert len({v.numpy().tobytes() for v in text[~dropped]}) > 4
 
@@ -174,7 +185,8 @@ def test_what_tuning_leaves(few, tuned):
     assert sorted(p.name for p in tuned.iterdir()) == ["captions.json", "loss.csv", "samples.png", "unet"]
     assert json.loads((tuned/CAPTIONS).read_text()) == caption_pool(few, "attributes", few.class_names)
     unet = load_pipeline(B, "cpu", str(tuned)).unet
-    assert unet.config.in_channels == 8 and unet.conv_in.weight[:, 4:].abs().max() > 0
+    assert unet.config.in_channels == 2*LATENT[0]
+    assert unet.conv_in.weight[:, LATENT[0]:].abs().max() > 0
 
 def test_tuning_repeats_bit_for_bit_and_leaves_the_random_state(few, tuned, tmp_path):
     torch.manual_seed(5)
@@ -229,7 +241,7 @@ def test_settings_that_make_no_sense():
 def conditions(tuned):
     pipe = PART.load(B, "cpu", str(tuned))
     g = torch.Generator().manual_seed(0)
-    noise, image = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(2))
+    noise, image = (torch.randn(2, *LATENT, generator=g) for _ in range(2))
     prompts = Prompts(pipe)
     return pipe, noise, image, prompts.texts(["a photo of a bag", "a photo of a dress"]), prompts.empty
 
@@ -252,9 +264,10 @@ def test_equal_to_instruct_pix2pix_with_both_scales_equal(conditions):
     pipe, noise, image, text, empty = conditions
     other = StableDiffusionInstructPix2PixPipeline(**pipe.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    direct = other(image=image, latents=noise, prompt_embeds=text,
-                   negative_prompt_embeds=empty.expand(2, -1, -1), guidance_scale=3., image_guidance_scale=3.,
-                   num_inference_steps=4).images
+    with encoded_as(other, image):
+        direct = other(image=[ANY]*2, latents=noise, prompt_embeds=text, guidance_scale=3.,
+                       negative_prompt_embeds=empty.expand(2, -1, -1), image_guidance_scale=3.,
+                       num_inference_steps=4).images
     made = guided(pipe, noise, image, text, empty, guidance=3., steps=4)
     assert max(np.abs(np.asarray(a).astype(int) - b).max() for a, b in zip(made, direct)) <= LEVELS
 

@@ -403,7 +403,7 @@ def plain_batches(n, seed, epoch):
     cuts = [*range(0, n - 1, 8), n]
     return [order[start:stop] for start, stop in zip(cuts, cuts[1:])]
 
-def normalised(x): return (torch.from_numpy(x).float()/255 - .25)/.33
+def normalised(x): return (torch.from_numpy(x).float()/255 - .46)/.23
 
 def smoothed(q): return .9*q + .1*(1 - q)/2
 

@@ -84,7 +84,7 @@ def _captions(split, source, store, progress):
 
 # %% ../../nbs/methods/mvc.ipynb #5c251530
 def _widened(pipe):
-    "Give `pipe` a network with 8 channels, trainable and in single precision, and return it."
+    "Give `pipe` a network with twice the channels, trainable and in single precision, and return it."
     with seeded("widened"): unet = widened(pipe.unet).to(pipe.device)
     if pipe.unet.is_gradient_checkpointing: unet.enable_gradient_checkpointing()
     pipe.unet = unet
@@ -138,7 +138,7 @@ class Pairs:
 
 # %% ../../nbs/methods/mvc.ipynb #c794a8b3
 def pair_loss(pipe, unet, latents, labels, members, part, seed:int):
-    "The loss for `tune`: the error (n,) of `unet` in predicting the noise on the images of `Pairs`."
+    "The loss for `tune`: the error (n,) of `unet` in predicting noise or velocity for `Pairs`."
     from diffusers import DDPMScheduler
     with quiet(): scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     velocity = scheduler.config.prediction_type == "v_prediction"
@@ -171,13 +171,13 @@ class MVCTuning(Budgeted):
     num_embeddings: int = setting(64, "[1, inf)")       # N_y: mixtures per class
     dropped: float = setting(.1, "[0, 1)")              # share of training examples without conditions
     # a captioner (a key of CAPTIONERS, or its folder), a JSON file {image id: caption}, or "attributes":
-    # measured on nano images
+    # what the nano world's CLIP sees on nano images
     captions: str = setting(small="attributes", needed=True)
     # what the captioner is, or the file's hash
     captions_key: str = dataclasses.field(default=None, init=False)
 
     paper = "mvc"
-    sd_only = "it widens a U-Net by four channels"
+    sd_only = "it widens a U-Net to twice the channels"
 
     def __post_init__(self):
         super().__post_init__()
@@ -228,9 +228,9 @@ class MVCTuning(Budgeted):
 # %% ../../nbs/methods/mvc.ipynb #7f93340d
 def guided(pipe, noise:"torch.Tensor", image:"torch.Tensor", text:"torch.Tensor", empty:"torch.Tensor", *,
            guidance:float, steps:int) -> list:
-    """PIL images from `noise` (n, 4, h, w), under the conditions `image` and `text`.
+    """PIL images from `noise` (n, c, h, w), under the conditions `image` and `text`.
 
-    image: latents (n, 4, h, w), unscaled; text: embeddings (n, tokens, dim);
+    image: latents (n, c, h, w), unscaled; text: embeddings (n, tokens, dim);
     empty: the embedding (1, tokens, dim) of no text; guidance: the scale, 1 for none."""
     scheduler, alone = pipe.scheduler, guidance == 1
 
